@@ -1,0 +1,33 @@
+# Each target sets up what it needs in .venv; a second call reuses it.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test slow check clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=... names one")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: .venv/ready  ## pretrain a small hybrid with `ray job submit`, serve it, print a completion
+	PATH=$(CURDIR)/$(BIN):$$PATH bash infra/demo.sh
+
+test: .venv/ready  ## every test that CI runs
+	$(BIN)/python -m pytest -m 'not slow'
+
+slow: .venv/ready  ## larger shapes and longer runs
+	$(BIN)/python -m pytest -m slow
+
+check: .venv/ready  ## lint, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:  ## remove what the targets above have made
+	rm -rf .venv .ruff_cache build *.egg-info

@@ -1,0 +1,33 @@
+"""One layer of a decoder: a mixer over time and an ffn over channels, each in its own residual branch.
+
+x = x + mixer(norm(x));  x = x + ffn(norm(x))
+"""
+
+from torch import Tensor
+
+from models.layers.norm import RMSNorm
+from models.span import Span
+from models.state import State, TensorSpec, prefixed, scope
+from models.stateful import Stateful
+
+
+class Block(Stateful):
+    """Pre-norm residual block around any mixer and any ffn."""
+
+    kind = "block"
+    keeps = True  # its parts do
+
+    def __init__(self, mixer: Stateful, ffn: Stateful, dim: int, eps: float) -> None:
+        super().__init__()
+        self.mixer_norm, self.mixer = RMSNorm(dim, eps), mixer
+        self.ffn_norm, self.ffn = RMSNorm(dim, eps), ffn
+
+    def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
+        return prefixed("mixer", self.mixer.state_spec(max_len)) | prefixed("ffn", self.ffn.state_spec(max_len))
+
+    def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
+        y_BTD, mixer_state = self.mixer(self.mixer_norm(x_BTD), at, scope(state, "mixer"))
+        x_BTD = x_BTD + y_BTD
+        y_BTD, ffn_state = self.ffn(self.ffn_norm(x_BTD), at, scope(state, "ffn"))
+        after = None if state is None else prefixed("mixer", mixer_state) | prefixed("ffn", ffn_state)
+        return x_BTD + y_BTD, after

@@ -1,0 +1,87 @@
+"""Configs as text: part strings, pattern strings and JSON, all strict.
+
+A part is named with its options, `gqa(heads=8,window=64)`; a pattern is parts in order, tiled over depth, with an
+optional count: `3*gated_deltanet gqa`. Strings keep a config hashable, a command line short and a run's JSON readable;
+they are parsed against the part's own `Config`, so an unknown option is an error that lists the known ones.
+"""
+
+import ast
+import dataclasses
+import re
+from typing import Any, get_type_hints
+
+from models import registry
+
+_TERM = re.compile(r"\s*(?:(\d+)\s*\*\s*)?([a-z_][a-z0-9_]*)\s*(\([^()]*\))?\s*,?")
+
+
+def parse_part(text: str, kind: str) -> tuple[type, Any]:
+    """`gqa(heads=8)` -> (class, its Config). ValueError for an unknown part, option or value."""
+    parts = parse_pattern(text, kind)
+    if len(parts) != 1:
+        raise ValueError(f"{kind} {text!r}: expected one part, found {len(parts)}")
+    return parts[0]
+
+
+def parse_pattern(text: str, kind: str) -> list[tuple[type, Any]]:
+    """`3*gated_deltanet gqa` -> [(class, Config)] * 4, in order. ValueError names what is wrong."""
+    parts, position = [], 0
+    while position < len(text.rstrip()):
+        match = _TERM.match(text, position)
+        if not match or not match.group(0).strip():
+            raise ValueError(
+                f"{kind} {text!r}: cannot read {text[position:]!r}; write for example '3*name other(option=1)'"
+            )
+        count, name, options = match.groups()
+        cls = registry.part(name, kind)
+        config = make_config(cls, _options(name, options or "()"))
+        parts += [(cls, config)] * int(count or 1)
+        position = match.end()
+    if not parts:
+        raise ValueError(f"{kind} {text!r}: names no {kind}; known: {', '.join(registry.names(kind=kind))}")
+    return parts
+
+
+def make_config(cls: type, options: dict[str, Any]) -> Any:
+    """`cls.Config(**options)` with every name and type checked, one clear line on a mistake."""
+    name = registry.name_of(cls)
+    hints = get_type_hints(cls.Config)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls.Config)}
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{name} has no option {key!r}; its options: {', '.join(known) or 'none'}")
+        options = {**options, key: _checked(f"{name}.{key}", value, known[key])}
+    return cls.Config(**options)
+
+
+def to_json(config: Any) -> dict:
+    """A Model's config as {"model": name, "config": {...}}, plain JSON values."""
+    return {"model": registry.name_of(registry.owner(config)), "config": dataclasses.asdict(config)}
+
+
+def from_json(record: dict) -> Any:
+    """The inverse of `to_json`; unknown fields are errors."""
+    return make_config(registry.model(record["model"]), record["config"])
+
+
+def _options(name: str, text: str) -> dict[str, Any]:
+    """`(heads=8,scale=log)` -> {"heads": 8, "scale": "log"}; bare words are strings."""
+    options = {}
+    for item in filter(None, (item.strip() for item in text[1:-1].split(","))):
+        key, separator, value = (word.strip() for word in item.partition("="))
+        if not separator or not key or not value:
+            raise ValueError(f"{name}{text}: {item!r} is not option=value")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """`value` if it has the type of the field, ints passing as floats; else one clear line."""
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise ValueError(f"{name}={value!r}: expected {hint.__name__}")
+    return value

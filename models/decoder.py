@@ -1,0 +1,196 @@
+"""The one decoder: embedding, blocks of any mixers and ffns, a head. Every sequence architecture is a config of it.
+
+It alone knows documents: it turns segment ids and carried lengths into a `Span` once, and prefixes state names with the
+layer. `pattern` and `ffn` are tiled over the depth: `pattern="3*gated_deltanet gqa"` with 8 layers is two such groups.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.block import Block
+from models.config import parse_part, parse_pattern
+from models.layers.norm import RMSNorm
+from models.model import Batch, Model
+from models.span import Span, localize
+from models.state import Kept, Pages, State, TensorSpec, prefixed, scope
+from models.stateful import Place
+
+
+class Decoder(Model):
+    family = "transformer"
+
+    @dataclass(frozen=True)
+    class Config:
+        """pattern, ffn: parts tiled over `layers`. vocab: token classes. eps: of the norms. tied: head = embedding."""
+
+        vocab: int = 256
+        dim: int = 256
+        layers: int = 4
+        pattern: str = "gqa"
+        ffn: str = "swiglu"
+        head: str = "lm"
+        eps: float = 1e-6
+        tied: bool = False
+
+        @classmethod
+        def tiny(cls) -> "Decoder.Config":
+            return cls(vocab=64, dim=64, layers=2)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        for name in ("vocab", "dim", "layers"):
+            if getattr(config, name) < 1:
+                raise ValueError(f"decoder.{name}={getattr(config, name)}: must be at least 1")
+        mixers, ffns = parse_pattern(config.pattern, "mixer"), parse_pattern(config.ffn, "ffn")
+        head, head_config = parse_part(config.head, "head")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.dim)
+        self.blocks = nn.ModuleList()
+        for layer in range(config.layers):
+            place = Place(config.dim, layer, config.layers, config.vocab)
+            (mixer, mixer_config), (ffn, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
+            self.blocks.append(Block(mixer(mixer_config, place), ffn(ffn_config, place), config.dim, config.eps))
+        self.norm = RMSNorm(config.dim, config.eps)
+        self.head = head(head_config, Place(config.dim, config.layers, config.layers, config.vocab))
+        self._init_weights()
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """Linear: N(0, 1/fan_in), divided by the number of residual branches where it writes to the stream (`wo`)."""
+        nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                nn.init.normal_(
+                    module.weight, std=std / (2 * self.config.layers) ** 0.5 if name.endswith("wo") else std
+                )
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def causal(self) -> bool:
+        """Whether every mixer is; only then is this a language model."""
+        return all(block.mixer.causal for block in self.blocks)
+
+    def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
+        """Every state tensor of a row: the document's `length` and id `segment`, then the layers', prefixed."""
+        spec = {"length": TensorSpec((), torch.int64), "segment": TensorSpec((), torch.int64)}
+        for layer, block in enumerate(self.blocks):
+            spec |= prefixed(str(layer), block.state_spec(max_len))
+        return spec
+
+    def init_state(self, rows: int, max_len: int, device: torch.device | None = None) -> State:
+        """Fresh state of `rows` rows with room for documents of `max_len` tokens."""
+        if rows < 0 or max_len < 1:
+            raise ValueError(f"init_state(rows={rows}, max_len={max_len}): rows >= 0 and max_len >= 1")
+        device = device or self.embedding.weight.device
+        return {name: spec.empty(rows, max_len, device) for name, spec in self.state_spec(max_len).items()}
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def hidden(
+        self, ids_BT: Tensor, state: State | None = None, segments_BT: Tensor | None = None, keep: int = 0
+    ) -> tuple[Tensor, Span, State | None]:
+        """Normed outputs of the last layer (B, T, D), the span they stand at, and the state after."""
+        at = self._span(ids_BT, state, segments_BT, keep)
+        x_BTD = self.embedding(ids_BT)
+        after = None if state is None else self._count(at, state, segments_BT)
+        for layer, block in enumerate(self.blocks):
+            x_BTD, block_state = block(x_BTD, at, scope(state, str(layer)))
+            if after is not None:
+                after |= prefixed(str(layer), block_state)
+        return self.norm(x_BTD), at, after
+
+    def logits(
+        self, ids_BT: Tensor, state: State | None = None, segments_BT: Tensor | None = None, keep: int = 0
+    ) -> tuple[Tensor, State | None]:
+        """Next-token logits (B, T, C) and the state after the call (None when none was given).
+
+        ids_BT: int64 token ids. segments_BT: document ids >= 0, -1 for padding anywhere in a row; a change begins a
+        new document. keep=k: the state can be committed by `models.state.select` after any of the last k tokens.
+        """
+        x_BTD, at, state = self.hidden(ids_BT, state, segments_BT, keep)
+        return self.head(x_BTD, at)[0], state
+
+    def forward(self, batch: Batch, phase: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean next-token loss in nats over the targets (-100: none); `segments_BT` may be missing from the batch."""
+        x_BTD, at, _ = self.hidden(batch["ids_BT"], None, batch.get("segments_BT"))
+        losses_BT, _ = self.head(x_BTD, at, targets_BT=batch["targets_BT"])
+        loss = losses_BT.sum() / self.weight(batch).clamp(min=1)
+        return loss, {"loss": loss.detach()}
+
+    def weight(self, batch: Batch) -> Tensor:
+        return (batch["targets_BT"] != -100).sum()
+
+    def predict(self, inputs: Batch) -> Batch:
+        return {"logits_BTC": self.logits(inputs["ids_BT"], None, inputs.get("segments_BT"))[0]}
+
+    def example(self, n: int, seed: int = 0) -> Batch:
+        """Rows of 32 tokens, each the first half twice: bigrams are learnt at once, the copy with memory."""
+        generator = torch.Generator().manual_seed(seed)
+        half_B16 = torch.randint(self.config.vocab, (n, 1), generator=generator).repeat(1, 16)
+        for t in range(1, 16):
+            half_B16[:, t] = (half_B16[:, t - 1] * 5 + torch.randint(2, (n,), generator=generator)) % self.config.vocab
+        row_BT = torch.cat([half_B16, half_B16, half_B16[:, :1]], 1)
+        return {"ids_BT": row_BT[:, :-1].contiguous(), "targets_BT": row_BT[:, 1:].contiguous()}
+
+    # -- documents -----------------------------------------------------------------------------------------------
+
+    def _span(self, ids_BT: Tensor, state: State | None, segments_BT: Tensor | None, keep: int) -> Span:
+        if ids_BT.dim() != 2 or ids_BT.dtype != torch.int64:
+            raise ValueError(
+                f"ids_BT: expected int64 of shape (rows, tokens), got {ids_BT.dtype} {tuple(ids_BT.shape)}"
+            )
+        if segments_BT is not None and segments_BT.shape != ids_BT.shape:
+            raise ValueError(f"segments_BT: shape {tuple(segments_BT.shape)} differs from ids_BT {tuple(ids_BT.shape)}")
+        if keep and state is None:
+            raise ValueError("keep: there is nothing to roll back without a state")
+        length_B = None if state is None else state["length"]
+        if length_B is not None and len(length_B) != len(ids_BT):
+            raise ValueError(f"state has {len(length_B)} rows, ids_BT has {len(ids_BT)}")
+        if segments_BT is None:
+            positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+            positions_BT = positions_BT if length_B is None else positions_BT + length_B[:, None]
+            local_BT = None
+        else:
+            local_BT, positions_BT = localize(segments_BT, length_B, None if state is None else state["segment"])
+        if state is not None and not torch.compiler.is_compiling() and ids_BT.device.type == "cpu" and ids_BT.numel():
+            self._check_room(state, int(positions_BT.max()) + 1)
+        return Span(positions_BT, ids_BT, local_BT, length_B, keep)
+
+    def _check_room(self, state: State, tokens: int) -> None:
+        """Refuse to write past the end of a cache, which would silently overwrite its beginning."""
+        for name, spec in self.state_spec(1).items():
+            if not spec.every or spec.window:
+                continue
+            value = state[name]
+            room = (value.capacity if isinstance(value, Pages) else value.shape[1]) * spec.every
+            if tokens > room:
+                raise ValueError(
+                    f"the document reaches {tokens} tokens, the state has room for {room}: init_state with a larger max_len"
+                )
+
+    def _count(self, at: Span, state: State, segments_BT: Tensor | None) -> State:
+        """`length` and `segment` after the call, or before and after each of the last `keep` columns."""
+        columns, keep = at.positions_BT.shape[1], at.keep
+        if segments_BT is None:
+            steps_K = torch.arange(columns - keep, columns + 1, device=at.positions_BT.device)
+            moments = {
+                "length": state["length"][:, None] + steps_K,
+                "segment": state["segment"][:, None].expand(-1, keep + 1),
+            }
+        else:
+            valid_BT, columns_T = segments_BT >= 0, torch.arange(columns, device=segments_BT.device)
+            real_BT = torch.where(valid_BT, columns_T, -1).cummax(1).values  # the last real column up to here
+            real_BK = torch.cat([torch.full_like(real_BT[:, :1], -1), real_BT], 1)[:, columns - keep :]
+            moments = {}
+            for name, value_BT in (("length", at.positions_BT + 1), ("segment", segments_BT)):
+                latest_BK = value_BT.gather(1, real_BK.clamp(min=0))
+                moments[name] = torch.where(real_BK >= 0, latest_BK, state[name][:, None])
+        return {name: Kept(value_BK) if keep else value_BK[:, 0] for name, value_BK in moments.items()}

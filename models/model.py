@@ -1,0 +1,49 @@
+"""What a training job knows of any architecture: a batch goes in, a scalar loss and metrics come out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+class Model(nn.Module):
+    """A trainable architecture. A subclass has a frozen `Config` with a classmethod `tiny()`, built as `Model(config)`.
+
+    family: of the catalogue.
+    """
+
+    family = ""
+
+    @dataclass(frozen=True)
+    class Config:
+        """No options."""
+
+        @classmethod
+        def tiny(cls) -> "Model.Config":
+            """A config that trains on a CPU in seconds."""
+            return cls()
+
+    def forward(self, batch: Batch, phase: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
+        """(total, metrics): this phase's loss to minimise, a mean over `weight(batch)` items, and scalars to log."""
+        raise TypeError(f"{type(self).__name__} must define forward(batch, phase)")
+
+    def weight(self, batch: Batch) -> Tensor:
+        """How many items `forward`'s mean is over, a scalar; sums over ranks and micro-batches are exact with it."""
+        return next(iter(batch.values())).new_tensor(len(next(iter(batch.values()))))
+
+    def phases(self) -> tuple[str, ...]:
+        """Names of the phases of a step; their parameters are disjoint and each has an optimizer of its own."""
+        return ("main",)
+
+    def after_step(self) -> None:
+        """Called once after each optimizer step, on whole weights: averages, router biases."""
+
+    def predict(self, inputs: Batch) -> Batch:
+        """What serving calls for inputs of this family."""
+        raise TypeError(f"{type(self).__name__} does not predict")
+
+    def example(self, n: int, seed: int = 0) -> Any:
+        """A learnable batch of `n` items in the shape that `forward` takes."""
+        raise TypeError(f"{type(self).__name__} has no example")

@@ -1,0 +1,121 @@
+"""Architectures by name. The file stem is the name; nothing is listed by hand and nothing is imported before use.
+
+A file `models/<folder>/<name>.py` registers the class whose name is the stem in camel case (`gated_deltanet` ->
+`GatedDeltaNet`; capitals are free). The folder says its kind.
+"""
+
+import importlib
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+ROOT = Path(__file__).parent
+KINDS = {"mixers": "mixer", "ffn": "ffn", "heads": "head", "patterns": "pattern"}  # every other folder: module
+PARTS = ("mixer", "ffn", "head")
+_INTERNAL = {"layers", "hub", "quant", "adapters", "interpret", "__pycache__"}  # folders without architectures
+
+
+@cache
+def _files() -> dict[str, str]:
+    """name -> module path."""
+    files = {"decoder": "models.decoder"}
+    for path in sorted(ROOT.glob("*/*.py")):
+        folder, name = path.parent.name, path.stem
+        if folder in _INTERNAL or name.startswith("_"):
+            continue
+        if name in files:
+            raise RuntimeError(f"{name} is registered twice: {files[name]} and models.{folder}.{name}")
+        files[name] = f"models.{folder}.{name}"
+    return files
+
+
+def kind_of(name: str) -> str:
+    """mixer, ffn, head, pattern or module."""
+    return KINDS.get(_files()[name].split(".")[1], "module")
+
+
+def names(family: str | None = None, kind: str | None = None) -> list[str]:
+    """Registered names, sorted; `family` as in the catalogue (imports the files), `kind` by folder."""
+    found = (name for name in _files() if kind is None or kind_of(name) == kind)
+    return sorted(name for name in found if family is None or lookup(name).family == family)
+
+
+def lookup(name: str) -> type[nn.Module]:
+    """The class registered under `name`; KeyError lists the nearest names."""
+    if name not in _files():
+        import difflib
+
+        near = difflib.get_close_matches(name, _files(), 3, 0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
+        raise ValueError(f"no architecture is called {name!r}; {hint}")
+    module = importlib.import_module(_files()[name])
+    for _, cls in inspect.getmembers(module, inspect.isclass):
+        if cls.__module__ == module.__name__ and cls.__name__.lower() == name.replace("_", ""):
+            return cls
+    raise RuntimeError(f"{module.__name__} must define a class named {name!r} in camel case")
+
+
+def part(name: str, kind: str) -> type[nn.Module]:
+    """The class of a part of the given kind."""
+    cls = lookup(name)
+    if kind_of(name) != kind:
+        raise ValueError(f"{name} is a {kind_of(name)}, not a {kind}; known: {', '.join(names(kind=kind))}")
+    return cls
+
+
+def model(name: str) -> type[nn.Module]:
+    """The class of a complete model: a module or a pattern."""
+    cls = lookup(name)
+    if kind_of(name) in PARTS:
+        raise ValueError(f"{name} is a {kind_of(name)}, a part; build it with models.build({name!r})")
+    return cls
+
+
+def name_of(cls: type[nn.Module]) -> str:
+    """The name a class is registered under."""
+    return cls.__module__.rsplit(".", 1)[1]
+
+
+def owner(config: Any) -> type[nn.Module]:
+    """The class whose `Config` this is."""
+    return lookup(type(config).__module__.rsplit(".", 1)[1])
+
+
+def build(name: str, **overrides: Any) -> nn.Module:
+    """A model by name: the tiny config, with `overrides`.
+
+    A mixer, ffn or head is built inside a tiny `Decoder`; overrides that are fields of the decoder go there, the rest
+    to the part. ValueError names an unknown field and lists the known ones.
+    """
+    from models.config import make_config
+    from models.decoder import Decoder
+
+    cls = lookup(name)
+    if kind_of(name) not in PARTS:
+        tiny = vars(cls.Config.tiny())
+        return cls(make_config(cls, {**tiny, **overrides}))
+    of_decoder = {key: value for key, value in overrides.items() if key in Decoder.Config.__dataclass_fields__}
+    options = {key: value for key, value in overrides.items() if key not in of_decoder}
+    make_config(cls, options)  # a clear error before the options become text
+    text = f"{name}({','.join(f'{key}={value}' for key, value in options.items())})"
+    field = {"mixer": "pattern", "ffn": "ffn", "head": "head"}[kind_of(name)]
+    return Decoder(make_config(Decoder, {**vars(Decoder.Config.tiny()), field: text, **of_decoder}))
+
+
+def card(name: str) -> dict[str, Any]:
+    """What a file says of itself: name, kind, family, paper, idea (its docstring), parameters of tiny."""
+    cls = lookup(name)
+    text = inspect.getdoc(importlib.import_module(cls.__module__)) or ""
+    paper = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", text)
+    return {
+        "name": name,
+        "kind": kind_of(name),
+        "family": cls.family,
+        "paper": paper.group(1) if paper else None,
+        "idea": text,
+        "parameters": sum(parameter.numel() for parameter in build(name).parameters()),
+    }

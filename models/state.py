@@ -1,0 +1,206 @@
+"""Decode state: one flat dict of tensors with rows on dim 0, and what generic code does with it.
+
+A value is one of three kinds. A plain `Tensor` is written functionally: a new dict comes back, the old one stays
+good, gradients flow through it. `Pages` is a growing tensor in a pool that all rows share, written in place. `Kept`
+holds a fixed-size tensor at several moments of the last call, from which `select` commits one per row.
+Serving, RL and truncated BPTT use the functions below and know no architecture by name.
+"""
+
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+from torch import Tensor
+
+from kernels.attention import View
+from models.span import Span
+
+DRAFT = 32  # the longest run of tokens that can be rolled back; windowed state keeps that much more than its window
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One named state tensor of one row.
+
+    shape:  of one entry when it grows, of the whole otherwise.
+    every:  0: fixed size; k: one entry for each k tokens.
+    window: entries of a growing tensor that are ever read again, 0 for all of them.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fill: float = 0.0
+    every: int = 0
+    window: int = 0
+
+    def capacity(self, max_len: int) -> int:
+        """Entries a row of `max_len` tokens needs."""
+        entries = ceil(max_len / self.every)
+        return min(entries, self.window + DRAFT) if self.window else entries
+
+    def bytes(self, max_len: int) -> int:
+        """Bytes of a row of `max_len` tokens."""
+        return prod(self.shape) * self.dtype.itemsize * (self.capacity(max_len) if self.every else 1)
+
+    def empty(self, rows: int, max_len: int, device=None) -> Tensor:
+        """The state of `rows` fresh rows, contiguous: (rows, [capacity,] *shape)."""
+        grown = (self.capacity(max_len),) if self.every else ()
+        return torch.full((rows, *grown, *self.shape), self.fill, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """A growing tensor in pages: pool (P, Z, *shape), written in place; table_BN the pages of each row, int64.
+
+    Page 0 belongs to nobody: padding is written there. `window` as in the spec, 0 for none.
+    """
+
+    pool: Tensor
+    table_BN: Tensor
+    window: int = 0
+
+    @property
+    def capacity(self) -> int:
+        """Slots of a row."""
+        return self.pool.shape[1] * self.table_BN.shape[1]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A fixed-size tensor before the last k columns of a call and after each: (B, k+1, *shape)."""
+
+    moments: Tensor
+
+
+State = dict[str, Tensor | Pages | Kept]
+
+
+def scope(state: State | None, prefix: str) -> State | None:
+    """The part of `state` whose names begin with `prefix.`, without it."""
+    if state is None:
+        return None
+    return {name[len(prefix) + 1 :]: value for name, value in state.items() if name.startswith(prefix + ".")}
+
+
+def prefixed(prefix: str, part: dict) -> dict:
+    """The inverse of `scope`."""
+    return {f"{prefix}.{name}": value for name, value in part.items()}
+
+
+def append(state: State | None, at: Span, **new: Tensor) -> tuple[View, State | None]:
+    """Add this call's entries to growing state.
+
+    new: name -> (B, T, *shape). Returns what a kernel may read (the past as it was before, and the new entries) and
+    the state after. Padding is not written; when a document begins, only the row's last document stays.
+    """
+    positions_BT = None if at.segments_BT is None else at.positions_BT
+    if state is None:
+        return View(new, {}, None, positions_BT, at.segments_BT), None
+    some = state[next(iter(new))]
+    capacity = some.capacity if isinstance(some, Pages) else some.shape[1]
+    write_BT, slot_BT = _slots(at, capacity)
+    if isinstance(some, Pages):
+        # In place: a long chunk would overwrite entries of the ring that its own first tokens still read.
+        clobbers = some.window > 0 and at.positions_BT.shape[1] > capacity - some.window
+        past = {n: state[n].pool[state[n].table_BN].flatten(1, 2) if clobbers else state[n].pool for n in new}
+        view = View(new, past, at.length_B, positions_BT, at.segments_BT, None if clobbers else some.table_BN)
+        size = some.pool.shape[1]
+        page_BT = torch.where(write_BT, some.table_BN.gather(1, slot_BT // size), 0)
+        for name, entries in new.items():
+            state[name].pool[page_BT, slot_BT % size] = entries.to(state[name].pool.dtype)
+        return view, {name: state[name] for name in new}
+    # Functional: for each slot the column that writes it, so that gradients flow to old and new entries alike.
+    columns_BT = torch.arange(slot_BT.shape[1], device=slot_BT.device).expand_as(slot_BT)
+    source_BS = torch.full((slot_BT.shape[0], capacity + 1), -1, device=slot_BT.device)
+    source_BS = source_BS.scatter(1, torch.where(write_BT, slot_BT, capacity), columns_BT)[:, :capacity]
+    after = {}
+    for name, entries in new.items():
+        old = state[name]
+        index = source_BS.clamp(min=0).view(*source_BS.shape, *[1] * (old.dim() - 2)).expand_as(old)
+        written = (source_BS >= 0).view(*source_BS.shape, *[1] * (old.dim() - 2))
+        after[name] = torch.where(written, entries.to(old.dtype).gather(1, index), old)
+    return View(new, {n: state[n] for n in new}, at.length_B, positions_BT, at.segments_BT), after
+
+
+def _slots(at: Span, capacity: int) -> tuple[Tensor, Tensor]:
+    """Which columns are written, and to which slot: the last `capacity` tokens of each row's last document."""
+    last_B1 = at.positions_BT[:, -1:]
+    write_BT = torch.ones_like(at.positions_BT, dtype=torch.bool)
+    if at.segments_BT is not None:
+        write_BT = (at.segments_BT >= 0) & (at.segments_BT == at.segments_BT.max(1, keepdim=True).values)
+        last_B1 = torch.where(write_BT, at.positions_BT, -1).max(1, keepdim=True).values
+    return write_BT & (at.positions_BT > last_B1 - capacity), at.positions_BT % capacity
+
+
+def take(state: State, rows_N: Tensor) -> State:
+    """Rows `rows_N` of a state, in that order, also repeated; pages stay shared."""
+    return {
+        name: Pages(value.pool, value.table_BN[rows_N], value.window) if isinstance(value, Pages) else value[rows_N]
+        for name, value in state.items()
+    }
+
+
+def put(state: State, rows_N: Tensor, part: State) -> State:
+    """`state` with its rows `rows_N` replaced by those of `part`."""
+    after = {}
+    for name, value in state.items():
+        if isinstance(value, Pages):
+            after[name] = Pages(value.pool, value.table_BN.index_copy(0, rows_N, part[name].table_BN), value.window)
+        else:
+            after[name] = value.index_copy(0, rows_N, part[name])
+    return after
+
+
+def fork(state: State, times: int) -> State:
+    """Each row `times` times, the copies side by side, free to go on differently.
+
+    Raises ValueError on pages: two rows must not write one page, so forking them is for the memory that owns the pool.
+    """
+    if any(isinstance(value, Pages) for value in state.values()):
+        raise ValueError("fork: the state is paged; fork its rows through the memory that owns the pages")
+    return {name: value.repeat_interleave(times, 0) for name, value in state.items()}
+
+
+def snapshot(state: State) -> State:
+    """A copy that later calls cannot change, also of what they write in place."""
+    return {
+        name: Pages(value.pool[value.table_BN], value.table_BN, value.window)
+        if isinstance(value, Pages)
+        else value.clone()
+        for name, value in state.items()
+    }
+
+
+def restore(state: State, copy: State) -> State:
+    """The state as it was when `copy = snapshot(state)` was taken; pages are written back in place."""
+    after = {}
+    for name, value in copy.items():
+        if isinstance(value, Pages):
+            state[name].pool[value.table_BN] = value.pool
+            after[name] = Pages(state[name].pool, value.table_BN, value.window)
+        else:
+            after[name] = value.clone()
+    return after
+
+
+def select(state: State, n_B: Tensor) -> State:
+    """Commit, row by row, the first `n_B` (0..k) of the last k columns of a call that asked `keep=k`.
+
+    Growing entries past the committed length are left behind: the length hides them and later writes replace them.
+    """
+    rows_B = torch.arange(len(n_B), device=n_B.device)
+    return {name: value.moments[rows_B, n_B] if isinstance(value, Kept) else value for name, value in state.items()}
+
+
+def bytes_per_row(spec: dict[str, TensorSpec], max_len: int) -> int:
+    """Bytes a row of `max_len` tokens occupies."""
+    return sum(tensor.bytes(max_len) for tensor in spec.values())
+
+
+def bytes_per_token(spec: dict[str, TensorSpec]) -> float:
+    """Bytes that each further token adds, once windows are full."""
+    return sum(
+        prod(tensor.shape) * tensor.dtype.itemsize / tensor.every
+        for tensor in spec.values()
+        if tensor.every and not tensor.window
+    )

@@ -1,0 +1,78 @@
+"""The decode contract: whatever remembers something over time keeps it, and everything else follows.
+
+    state_spec(max_len) -> dict[str, TensorSpec]
+    forward(x_BTD, at: Span, state=None) -> (y_BTD, state)
+
+One call is training (no state), prefill, a chunk, a decode step or the check of a draft: with a state, any length
+T >= 1 goes on where the last call ended. Suites generated from the registry hold every part to that.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.span import Span
+from models.state import Kept, State, TensorSpec
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a decoder a part stands: model width, its layer of how many, the number of token classes."""
+
+    dim: int
+    layer: int = 0
+    layers: int = 1
+    vocab: int = 0
+
+
+class Stateful(nn.Module):
+    """A mixer, ffn, block or head. A subclass has a frozen `Config` and is built as `Part(config, place)`.
+
+    kind:   what the registry files it under.
+    family: of the catalogue.
+    causal: earlier outputs never depend on later tokens. What is not causal is not served as a language model.
+    keeps:  forward itself answers `at.keep` (its kernels do); others are walked token by token, which is slow and
+            always right.
+    """
+
+    kind = "mixer"
+    family = ""
+    causal = True
+    keeps = False
+
+    @dataclass(frozen=True)
+    class Config:
+        """No options."""
+
+    def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
+        """Name -> spec of each state tensor of a row of at most `max_len` tokens; empty: remembers nothing."""
+        return {}
+
+    def __call__(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
+        if state is None or not at.keep:
+            return super().__call__(x_BTD, at, state)
+        if not 0 < at.keep <= x_BTD.shape[1]:
+            raise ValueError(f"keep={at.keep}: a call of {x_BTD.shape[1]} tokens can keep 1..{x_BTD.shape[1]}")
+        if not self.keeps and state:
+            return self._walk(x_BTD, at, state)
+        y_BTD, after = super().__call__(x_BTD, at, state)
+        fixed = self._fixed()
+        return y_BTD, {n: Kept(v) if n in fixed and isinstance(v, Tensor) else v for n, v in after.items()}
+
+    def _fixed(self) -> set[str]:
+        return {name for name, spec in self.state_spec(1).items() if not spec.every}
+
+    def _walk(self, x_BTD: Tensor, at: Span, state: State) -> tuple[Tensor, State]:
+        """One call per token, stacking the fixed-size state before the last `keep` columns and after each."""
+        fixed, tokens = self._fixed(), x_BTD.shape[1]
+        outputs, moments = [], {name: [] for name in fixed}
+        for t in range(tokens + 1):
+            if t >= tokens - at.keep:
+                for name in fixed:
+                    moments[name].append(state[name])
+            if t < tokens:
+                y_B1D, state = super().__call__(x_BTD[:, t : t + 1], at.column(t), state)
+                outputs.append(y_B1D)
+        kept = {name: Kept(torch.stack(values, 1)) for name, values in moments.items()}
+        return torch.cat(outputs, 1), {**state, **kept}

@@ -1,0 +1,137 @@
+"""Parity with independent implementations: their random weights in our parts, the same outputs and gradients."""
+
+import random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
+
+from models.decoder import Decoder
+from models.mixers.gated_deltanet import GatedDeltaNet
+from models.span import Span
+from models.stateful import Place
+
+
+@pytest.fixture
+def pick():
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def close(ours, theirs, tolerance=1e-5):
+    error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
+    assert error < tolerance, f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_gqa_decoder_is_llama(pick, window):
+    kv_heads, group, head_dim = pick.choice([1, 2, 3]), pick.choice([1, 2, 4]), pick.choice([8, 16])
+    heads, layers, vocab = kv_heads * group, pick.choice([1, 3]), 97
+    dim, hidden, length = heads * head_dim, pick.choice([48, 80]), pick.choice([7, 33])
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=dim,
+            intermediate_size=hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            rms_norm_eps=1e-5,
+            rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+            attn_implementation="eager",
+        )
+    )
+    pattern = f"gqa(heads={heads},kv_heads={kv_heads},theta=5000,window={window})"
+    config = Decoder.Config(vocab, dim, layers, pattern, f"swiglu(hidden={hidden})", eps=1e-5)
+    ours = Decoder(config)
+    weights = theirs.state_dict()
+    mapped = {
+        "embedding.weight": weights["model.embed_tokens.weight"],
+        "norm.weight": weights["model.norm.weight"],
+        "head.weight": weights["lm_head.weight"],
+    }
+    for layer in range(layers):
+        part = {name: weights[f"model.layers.{layer}.{name}.weight"] for name in _LLAMA}
+        mapped |= {
+            f"blocks.{layer}.mixer_norm.weight": part["input_layernorm"],
+            f"blocks.{layer}.ffn_norm.weight": part["post_attention_layernorm"],
+            f"blocks.{layer}.mixer.wqkv.weight": torch.cat([part[f"self_attn.{name}_proj"] for name in "qkv"]),
+            f"blocks.{layer}.mixer.wo.weight": part["self_attn.o_proj"],
+            f"blocks.{layer}.ffn.wi.weight": torch.cat([part["mlp.gate_proj"], part["mlp.up_proj"]]),
+            f"blocks.{layer}.ffn.wo.weight": part["mlp.down_proj"],
+        }
+    ours.load_state_dict(mapped)
+    ids = torch.randint(vocab, (2, length))
+    mask = None
+    if window:  # Llama has no window of its own; its eager attention takes the mask as given
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        allowed = (distance >= 0) & (distance < window)
+        mask = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)[None, None].expand(2, 1, -1, -1)
+    expected = theirs(ids, attention_mask=mask).logits
+    logits, _ = ours.logits(ids)
+    close(logits, expected)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (logits * weight).sum().backward()
+    close(ours.embedding.weight.grad, theirs.model.embed_tokens.weight.grad, 3e-5)
+    if not window:
+        expected = theirs.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
+        state, last, generated = ours.init_state(2, length + 16), ids, []
+        for _ in range(16):
+            logits, state = ours.logits(last, state)
+            last = logits[:, -1:].argmax(-1)
+            generated.append(last)
+        assert torch.equal(torch.cat(generated, 1), expected[:, length:])
+
+
+_LLAMA = ["input_layernorm", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+_LLAMA += [f"self_attn.{name}_proj" for name in "qkvo"]
+
+
+def test_gated_deltanet_is_qwen3_next(pick):
+    key_heads, group = pick.choice([1, 2]), pick.choice([1, 2, 3])
+    key_dim, value_dim, conv, dim = pick.choice([8, 16]), pick.choice([8, 24]), pick.choice([2, 4]), 40
+    heads, length = key_heads * group, pick.choice([5, 63, 130])
+    theirs = Qwen3NextGatedDeltaNet(
+        Qwen3NextConfig(
+            hidden_size=dim,
+            linear_num_value_heads=heads,
+            linear_num_key_heads=key_heads,
+            linear_key_head_dim=key_dim,
+            linear_value_head_dim=value_dim,
+            linear_conv_kernel_dim=conv,
+            hidden_act="silu",
+        ),
+        0,
+    )
+    torch.nn.init.uniform_(theirs.norm.weight, 0.5, 1.5)
+    torch.nn.init.uniform_(theirs.dt_bias, -3, 1)
+    ours = GatedDeltaNet(GatedDeltaNet.Config(heads, key_heads, key_dim, value_dim, conv), Place(dim))
+    # Theirs keeps q, k, v, z of one key head together; ours all of q, then k, v, z.
+    grouped = theirs.in_proj_qkvz.weight.unflatten(0, (key_heads, -1))
+    qkvz = grouped.split([key_dim, key_dim, group * value_dim, group * value_dim], 1)
+    ba = theirs.in_proj_ba.weight.unflatten(0, (key_heads, -1)).split([group, group], 1)
+    weights = {
+        "wi.weight": torch.cat([part.flatten(0, 1) for part in (*qkvz, *ba)]),
+        "conv": theirs.conv1d.weight[:, 0],
+        "log_decay": theirs.A_log,
+        "step_bias": theirs.dt_bias,
+        "norm.weight": theirs.norm.weight,
+        "wo.weight": theirs.out_proj.weight,
+    }
+    ours.load_state_dict(weights)
+    x_BTD = torch.randn(2, length, dim)
+    theirs_x, ours_x = x_BTD.clone().requires_grad_(), x_BTD.clone().requires_grad_()
+    expected = theirs(theirs_x)
+    y_BTD, _ = ours(ours_x, Span(torch.arange(length).expand(2, -1)))
+    close(y_BTD, expected)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (y_BTD * weight).sum().backward()
+    close(ours_x.grad, theirs_x.grad, 3e-5)
+    close(ours.conv.grad, theirs.conv1d.weight.grad[:, 0], 3e-5)
+    close(ours.log_decay.grad, theirs.A_log.grad, 3e-5)
