@@ -173,7 +173,7 @@ class Decoder(Model):
             room = (value.capacity if isinstance(value, Pages) else value.shape[1]) * spec.every
             if tokens > room:
                 raise ValueError(
-                    f"the document reaches {tokens} tokens, the state has room for {room}: init_state with a larger max_len"
+                    f"the document reaches {tokens} tokens, the state has room for {room}; give init_state more max_len"
                 )
 
     def _count(self, at: Span, state: State, segments_BT: Tensor | None) -> State:

@@ -26,7 +26,7 @@ class LM(Stateful):
     def forward(
         self, x_BTD: Tensor, at: Span, state: State | None = None, targets_BT: Tensor | None = None
     ) -> tuple[Tensor, State | None]:
-        """Logits (B, T, C) in the dtype of x; with targets each token's loss (B, T) fp32, 0 where the target is -100."""
+        """Logits (B, T, C) in the dtype of x; with targets each token's loss, (B, T) fp32, 0 where it is -100."""
         if targets_BT is None:
             return F.linear(x_BTD, self.weight), state
         losses_N = kernels.linear_cross_entropy(x_BTD.flatten(0, 1), self.weight, targets_BT.flatten())
