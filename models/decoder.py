@@ -160,8 +160,13 @@ class Decoder(Model):
             local_BT = None
         else:
             local_BT, positions_BT = localize(segments_BT, length_B, None if state is None else state["segment"])
+        # Checks of values, which on a GPU would wait for it: there the caller (an engine) knows its own rows.
         if state is not None and not torch.compiler.is_compiling() and ids_BT.device.type == "cpu" and ids_BT.numel():
             self._check_room(state, int(positions_BT.max()) + 1)
+            if keep and local_BT is not None and ((local_BT > 0) & (length_B > 0)[:, None]).any():
+                raise ValueError(
+                    "keep: a document begins in a carried row, whose cache it overwrites; split the call there"
+                )
         return Span(positions_BT, ids_BT, local_BT, length_B, keep)
 
     def _check_room(self, state: State, tokens: int) -> None:

@@ -6,7 +6,7 @@ holds a fixed-size tensor at several moments of the last call, from which `selec
 Serving, RL and truncated BPTT use the functions below and know no architecture by name.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 import torch
@@ -52,12 +52,13 @@ class TensorSpec:
 class Pages:
     """A growing tensor in pages: pool (P, Z, *shape), written in place; table_BN the pages of each row, int64.
 
-    Page 0 belongs to nobody: padding is written there. `window` as in the spec, 0 for none.
+    Page 0 belongs to nobody: padding is written there. `pending` are entries (B, T, *shape) and their pages and offsets
+    (B, T), which wait until the kernels of the call have read what they replace.
     """
 
     pool: Tensor
     table_BN: Tensor
-    window: int = 0
+    pending: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def capacity(self) -> int:
@@ -100,15 +101,11 @@ def append(state: State | None, at: Span, **new: Tensor) -> tuple[View, State | 
     capacity = some.capacity if isinstance(some, Pages) else some.shape[1]
     write_BT, slot_BT = _slots(at, capacity)
     if isinstance(some, Pages):
-        # In place: a long chunk would overwrite entries of the ring that its own first tokens still read.
-        clobbers = some.window > 0 and at.positions_BT.shape[1] > capacity - some.window
-        past = {n: state[n].pool[state[n].table_BN].flatten(1, 2) if clobbers else state[n].pool for n in new}
-        view = View(new, past, at.length_B, positions_BT, at.segments_BT, None if clobbers else some.table_BN)
-        size = some.pool.shape[1]
-        page_BT = torch.where(write_BT, some.table_BN.gather(1, slot_BT // size), 0)
-        for name, entries in new.items():
-            state[name].pool[page_BT, slot_BT % size] = entries.to(state[name].pool.dtype)
-        return view, {name: state[name] for name in new}
+        size, table_BN = some.pool.shape[1], some.table_BN
+        page_BT = torch.where(write_BT, table_BN.gather(1, slot_BT // size), 0)
+        past = {name: state[name].pool for name in new}
+        after = {n: replace(state[n], pending=(entries, page_BT, slot_BT % size)) for n, entries in new.items()}
+        return View(new, past, at.length_B, positions_BT, at.segments_BT, table_BN), after
     # Functional: for each slot the column that writes it, so that gradients flow to old and new entries alike.
     columns_BT = torch.arange(slot_BT.shape[1], device=slot_BT.device).expand_as(slot_BT)
     source_BS = torch.full((slot_BT.shape[0], capacity + 1), -1, device=slot_BT.device)
@@ -120,6 +117,18 @@ def append(state: State | None, at: Span, **new: Tensor) -> tuple[View, State | 
         written = (source_BS >= 0).view(*source_BS.shape, *[1] * (old.dim() - 2))
         after[name] = torch.where(written, entries.to(old.dtype).gather(1, index), old)
     return View(new, {n: state[n] for n in new}, at.length_B, positions_BT, at.segments_BT), after
+
+
+def flush(state: State) -> State:
+    """Write what `append` has left pending in pages; called once the part that appended has run."""
+    after = {}
+    for name, value in state.items():
+        if isinstance(value, Pages) and value.pending is not None:
+            entries, page_BT, offset_BT = value.pending
+            value.pool[page_BT, offset_BT] = entries.to(value.pool.dtype)
+            value = Pages(value.pool, value.table_BN)
+        after[name] = value
+    return after
 
 
 def _slots(at: Span, capacity: int) -> tuple[Tensor, Tensor]:
@@ -135,7 +144,7 @@ def _slots(at: Span, capacity: int) -> tuple[Tensor, Tensor]:
 def take(state: State, rows_N: Tensor) -> State:
     """Rows `rows_N` of a state, in that order, also repeated; pages stay shared."""
     return {
-        name: Pages(value.pool, value.table_BN[rows_N], value.window) if isinstance(value, Pages) else value[rows_N]
+        name: Pages(value.pool, value.table_BN[rows_N]) if isinstance(value, Pages) else value[rows_N]
         for name, value in state.items()
     }
 
@@ -145,7 +154,7 @@ def put(state: State, rows_N: Tensor, part: State) -> State:
     after = {}
     for name, value in state.items():
         if isinstance(value, Pages):
-            after[name] = Pages(value.pool, value.table_BN.index_copy(0, rows_N, part[name].table_BN), value.window)
+            after[name] = Pages(value.pool, value.table_BN.index_copy(0, rows_N, part[name].table_BN))
         else:
             after[name] = value.index_copy(0, rows_N, part[name])
     return after
@@ -164,9 +173,7 @@ def fork(state: State, times: int) -> State:
 def snapshot(state: State) -> State:
     """A copy that later calls cannot change, also of what they write in place."""
     return {
-        name: Pages(value.pool[value.table_BN], value.table_BN, value.window)
-        if isinstance(value, Pages)
-        else value.clone()
+        name: Pages(value.pool[value.table_BN], value.table_BN) if isinstance(value, Pages) else value.clone()
         for name, value in state.items()
     }
 
@@ -177,7 +184,7 @@ def restore(state: State, copy: State) -> State:
     for name, value in copy.items():
         if isinstance(value, Pages):
             state[name].pool[value.table_BN] = value.pool
-            after[name] = Pages(state[name].pool, value.table_BN, value.window)
+            after[name] = Pages(state[name].pool, value.table_BN)
         else:
             after[name] = value.clone()
     return after

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.span import Span
-from models.state import Kept, State, TensorSpec
+from models.state import Kept, State, TensorSpec, flush
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,24 @@ class Stateful(nn.Module):
         """Name -> spec of each state tensor of a row of at most `max_len` tokens; empty: remembers nothing."""
         return {}
 
-    def __call__(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
-        if state is None or not at.keep:
-            return super().__call__(x_BTD, at, state)
+    def __call__(self, x_BTD: Tensor, at: Span, state: State | None = None, **inputs) -> tuple[Tensor, State | None]:
+        if state is None:
+            return super().__call__(x_BTD, at, None, **inputs)
+        if not at.keep:
+            y_BTD, after = super().__call__(x_BTD, at, state, **inputs)
+            return y_BTD, flush(after)
         if not 0 < at.keep <= x_BTD.shape[1]:
             raise ValueError(f"keep={at.keep}: a call of {x_BTD.shape[1]} tokens can keep 1..{x_BTD.shape[1]}")
         if not self.keeps and state:
-            return self._walk(x_BTD, at, state)
-        y_BTD, after = super().__call__(x_BTD, at, state)
+            return self._walk(x_BTD, at, state, **inputs)
+        y_BTD, after = super().__call__(x_BTD, at, state, **inputs)
         fixed = self._fixed()
-        return y_BTD, {n: Kept(v) if n in fixed and isinstance(v, Tensor) else v for n, v in after.items()}
+        return y_BTD, {n: Kept(v) if n in fixed and isinstance(v, Tensor) else v for n, v in flush(after).items()}
 
     def _fixed(self) -> set[str]:
         return {name for name, spec in self.state_spec(1).items() if not spec.every}
 
-    def _walk(self, x_BTD: Tensor, at: Span, state: State) -> tuple[Tensor, State]:
+    def _walk(self, x_BTD: Tensor, at: Span, state: State, **inputs) -> tuple[Tensor, State]:
         """One call per token, stacking the fixed-size state before the last `keep` columns and after each."""
         fixed, tokens = self._fixed(), x_BTD.shape[1]
         outputs, moments = [], {name: [] for name in fixed}
@@ -72,7 +75,8 @@ class Stateful(nn.Module):
                 for name in fixed:
                     moments[name].append(state[name])
             if t < tokens:
-                y_B1D, state = super().__call__(x_BTD[:, t : t + 1], at.column(t), state)
+                y_B1D, state = super().__call__(x_BTD[:, t : t + 1], at.column(t), state, **inputs)
+                state = flush(state)
                 outputs.append(y_B1D)
         kept = {name: Kept(torch.stack(values, 1)) for name, values in moments.items()}
         return torch.cat(outputs, 1), {**state, **kept}

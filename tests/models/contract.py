@@ -45,7 +45,7 @@ def paged(decoder, rows, max_len, size, seed=0):
             blocks = -(-value.shape[1] // size)
             order = torch.randperm(rows * blocks, generator=generator).view(rows, blocks) + 1
             pool = torch.full((rows * blocks + 1, size, *value.shape[2:]), float("nan"), dtype=value.dtype)
-            state[name] = Pages(pool, order, spec[name].window)
+            state[name] = Pages(pool, order)
     return state
 
 
@@ -139,7 +139,7 @@ def padding_writes_nothing(decoder, seed, state_of=Decoder.init_state):
 def kept_states(decoder, seed, state_of=Decoder.init_state):
     """keep=k then select: each row goes on as if its call had ended where it was cut."""
     ids = tokens(decoder, 5, TOKENS, seed)
-    for segments, kept in ((None, 4), (documents(5, 10, seed), 10)):
+    for segments, kept in ((None, 4), (documents(5, 10, seed).clamp(max=0), 10)):
         _, prefix = decoder.logits(ids[:, :6], state_of(decoder, 5, TOKENS + 9))
         _, state = decoder.logits(ids[:, 6:16], prefix, segments, keep=kept)
         ends = torch.tensor([0, kept, 1, kept - 1, 2])
@@ -151,6 +151,17 @@ def kept_states(decoder, seed, state_of=Decoder.init_state):
                 part = None if segments is None else segments[row : row + 1, : stop - 6]
                 _, alone = decoder.logits(ids[row : row + 1, 6:stop], alone, part)
             same(going_on[row : row + 1], decoder.logits(ids[row : row + 1, 16:], alone)[0], what=f"cut at {end}")
+
+
+def no_keeping_across_documents(decoder, seed):
+    """A call that begins a document in a carried row overwrites its cache, so it cannot be rolled back: an error."""
+    ids = tokens(decoder, 1, TOKENS, seed)
+    _, state = decoder.logits(ids[:, :6], decoder.init_state(1, TOKENS))
+    try:
+        decoder.logits(ids[:, 6:9], state, torch.tensor([[0, 0, 5]]), keep=2)
+    except ValueError:
+        return
+    raise AssertionError("keep across the start of a document was accepted")
 
 
 def snapshots(decoder, seed, state_of=Decoder.init_state):
@@ -238,7 +249,7 @@ def low_precision(decoder, seed):
     assert low.dtype == torch.bfloat16
     error = (low.float() - expected).norm() / expected.norm()
     decoder.float()
-    assert error < 0.05, f"bf16 differs from fp32 by {error:.3f}"
+    assert error < 0.03 * (decoder.config.layers + 1), f"bf16 differs from fp32 by {error:.3f}"
 
 
 def compiles(decoder, seed):
@@ -262,6 +273,7 @@ ON_ANY_MEMORY = (
 CHECKS = (
     documents_apart,
     rows_move,
+    no_keeping_across_documents,
     spec_is_true,
     no_future_leak,
     gradient_through_state,

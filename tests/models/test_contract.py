@@ -10,6 +10,7 @@ import torch
 import models
 from models import registry
 from models.decoder import Decoder
+from models.mixers.gated_deltanet import GatedDeltaNet
 
 # Parts as they come, and the options that change what is remembered.
 SUBJECTS = [name for name, _ in contract.parts()] + ["gqa(window=6)", "3*gated_deltanet gqa(window=7,qk_norm=True)"]
@@ -64,3 +65,14 @@ def test_example_is_learnt(subject):
         optimizer.step()
         losses.append(total.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+class Walked(GatedDeltaNet):
+    """Leaves `keep` to the base class, which walks the tokens one by one."""
+
+    keeps = False
+
+
+def test_walking_keeps_what_the_kernels_keep(seed):
+    with torch.no_grad():
+        contract.kept_states(contract.decoder_around(Walked, "mixer", {}, layers=2), seed)

@@ -43,6 +43,7 @@ def test_gqa_decoder_is_llama(pick, window):
             rms_norm_eps=1e-5,
             rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
             attn_implementation="eager",
+            eos_token_id=None,
         )
     )
     pattern = f"gqa(heads={heads},kv_heads={kv_heads},theta=5000,window={window})"
@@ -79,7 +80,9 @@ def test_gqa_decoder_is_llama(pick, window):
     (logits * weight).sum().backward()
     close(ours.embedding.weight.grad, theirs.model.embed_tokens.weight.grad, 3e-5)
     if not window:
-        expected = theirs.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0, eos_token_id=None)
+        expected = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, pad_token_id=0
+        )
         state, last, generated = ours.init_state(2, length + 16), ids, []
         for _ in range(16):
             logits, state = ours.logits(last, state)
