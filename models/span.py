@@ -5,7 +5,7 @@ numbers, positions), once for the whole stack. The common case, no packing and n
 keep their fast paths.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ class Span:
                   writes nothing. None: no padding, and no document begins after the first column.
     length_B:     tokens of the carried document before this call, int64; None when nothing is carried.
     keep:         fixed-size state also returns its value before the last `keep` columns and after each of them.
+    shared:       what lower layers of this call hand to higher ones, name -> (B, T, ...); a layer may add to it.
     """
 
     positions_BT: Tensor
@@ -28,6 +29,7 @@ class Span:
     segments_BT: Tensor | None = None
     length_B: Tensor | None = None
     keep: int = 0
+    shared: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def valid_BT(self) -> Tensor | None:
@@ -52,6 +54,7 @@ class Span:
             segments_BT=segments_B1,
             length_B=positions_B1[:, 0],
             keep=0,
+            shared={name: value[:, t : t + 1] for name, value in self.shared.items()},
         )
 
 
