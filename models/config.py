@@ -8,7 +8,7 @@ they are parsed against the part's own `Config`, so an unknown option is an erro
 import ast
 import dataclasses
 import re
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from models import registry
 
@@ -82,6 +82,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     """`value` if it has the type of the field, ints passing as floats; else one clear line."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise ValueError(f"{name}={value!r}: choose {' or '.join(map(repr, get_args(hint)))}")
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ValueError(f"{name}={value!r}: expected {hint.__name__}")
     return value
