@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from models import registry
 
-_TERM = re.compile(r"\s*(?:(\d+)\s*\*\s*)?([a-z_][a-z0-9_]*)\s*(\([^()]*\))?\s*,?")
+_TERM = re.compile(r"[\s,]*(?:(\d+)\s*\*\s*)?([a-z_][a-z0-9_]*)\s*")
 
 
 def parse_part(text: str, kind: str) -> tuple[type, Any]:
@@ -26,20 +26,31 @@ def parse_part(text: str, kind: str) -> tuple[type, Any]:
 def parse_pattern(text: str, kind: str) -> list[tuple[type, Any]]:
     """`3*gated_deltanet gqa` -> [(class, Config)] * 4, in order. ValueError names what is wrong."""
     parts, position = [], 0
-    while position < len(text.rstrip()):
+    while text[position:].strip(" ,"):
         match = _TERM.match(text, position)
-        if not match or not match.group(0).strip():
-            raise ValueError(
-                f"{kind} {text!r}: cannot read {text[position:]!r}; write for example '3*name other(option=1)'"
-            )
-        count, name, options = match.groups()
+        if not match:
+            raise ValueError(f"{kind} {text!r}: cannot read {text[position:]!r}; write '3*name other(option=1)'")
+        count, name = match.groups()
+        position, options = match.end(), {}
+        if text[position : position + 1] == "(":
+            inside = _inside(text, position)
+            position, options = position + len(inside) + 2, _options(name, inside)
         cls = registry.part(name, kind)
-        config = make_config(cls, _options(name, options or "()"))
-        parts += [(cls, config)] * int(count or 1)
-        position = match.end()
+        parts += [(cls, make_config(cls, options))] * int(count or 1)
     if not parts:
         raise ValueError(f"{kind} {text!r}: names no {kind}; known: {', '.join(registry.names(kind=kind))}")
     return parts
+
+
+def to_text(config: Any) -> str:
+    """The inverse of `parse_part`: the part's name and the options that are not its defaults."""
+    changed = [
+        f"{field.name}={str(getattr(config, field.name)).replace(' ', '')}"
+        for field in dataclasses.fields(config)
+        if getattr(config, field.name) != field.default
+    ]
+    name = type(config).__module__.rsplit(".", 1)[1]
+    return f"{name}({','.join(changed)})" if changed else name
 
 
 def make_config(cls: type, options: dict[str, Any]) -> Any:
@@ -64,13 +75,29 @@ def from_json(record: dict) -> Any:
     return make_config(registry.model(record["model"]), record["config"])
 
 
+def _inside(text: str, start: int) -> str:
+    """What stands between the bracket at `start` and the one that closes it."""
+    depth = 0
+    for end in range(start, len(text)):
+        depth += (text[end] in "([") - (text[end] in ")]")
+        if depth == 0:
+            return text[start + 1 : end]
+    raise ValueError(f"{text!r}: a bracket is not closed")
+
+
 def _options(name: str, text: str) -> dict[str, Any]:
-    """`(heads=8,scale=log)` -> {"heads": 8, "scale": "log"}; bare words are strings."""
-    options = {}
-    for item in filter(None, (item.strip() for item in text[1:-1].split(","))):
+    """`heads=8,positions=rope(theta=1e6)` -> {"heads": 8, "positions": "rope(theta=1e6)"}; bare words are strings."""
+    options, items, depth = {}, [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += letter
+    for item in filter(None, map(str.strip, items)):
         key, separator, value = (word.strip() for word in item.partition("="))
         if not separator or not key or not value:
-            raise ValueError(f"{name}{text}: {item!r} is not option=value")
+            raise ValueError(f"{name}({text}): {item!r} is not option=value")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -84,6 +111,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ValueError(f"{name}={value!r}: choose {' or '.join(map(repr, get_args(hint)))}")
+    if get_origin(hint) is tuple:
+        return tuple(_checked(name, item, get_args(hint)[0]) for item in value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ValueError(f"{name}={value!r}: expected {hint.__name__}")
     return value

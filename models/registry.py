@@ -14,8 +14,19 @@ from typing import Any
 from torch import nn
 
 ROOT = Path(__file__).parent
-KINDS = {"mixers": "mixer", "ffn": "ffn", "heads": "head", "patterns": "pattern"}  # every other folder: module
-PARTS = ("mixer", "ffn", "head")
+KINDS = {
+    "mixers": "mixer",
+    "ffn": "ffn",
+    "heads": "head",
+    "positions": "position",
+    "patterns": "pattern",
+}  # every other folder: module
+HOSTS = {
+    "mixer": ("pattern", "{}"),
+    "ffn": ("ffn", "{}"),
+    "head": ("head", "{}"),
+    "position": ("pattern", "gqa(positions={})"),
+}
 _INTERNAL = {"layers", "hub", "quant", "adapters", "interpret", "__pycache__"}  # folders without architectures
 
 
@@ -34,7 +45,7 @@ def _files() -> dict[str, str]:
 
 
 def kind_of(name: str) -> str:
-    """mixer, ffn, head, pattern or module."""
+    """mixer, ffn, head, position, pattern or module."""
     return KINDS.get(_files()[name].split(".")[1], "module")
 
 
@@ -70,7 +81,7 @@ def part(name: str, kind: str) -> type[nn.Module]:
 def model(name: str) -> type[nn.Module]:
     """The class of a complete model: a module or a pattern."""
     cls = lookup(name)
-    if kind_of(name) in PARTS:
+    if kind_of(name) in HOSTS:
         raise ValueError(f"{name} is a {kind_of(name)}, a part; build it with models.build({name!r})")
     return cls
 
@@ -88,22 +99,26 @@ def owner(config: Any) -> type[nn.Module]:
 def build(name: str, **overrides: Any) -> nn.Module:
     """A model by name: the tiny config, with `overrides`.
 
-    A mixer, ffn or head is built inside a tiny `Decoder`; overrides that are fields of the decoder go there, the rest
-    to the part. ValueError names an unknown field and lists the known ones.
+    A mixer, ffn, head or position scheme is built inside a tiny `Decoder`; overrides that are fields of the decoder go
+    there, the rest to the part. ValueError names an unknown field and lists the known ones.
     """
-    from models.config import make_config
+    from models.config import make_config, to_text
     from models.decoder import Decoder
 
     cls = lookup(name)
-    if kind_of(name) not in PARTS:
+    if kind_of(name) not in HOSTS:
         tiny = vars(cls.Config.tiny())
         return cls(make_config(cls, {**tiny, **overrides}))
     of_decoder = {key: value for key, value in overrides.items() if key in Decoder.Config.__dataclass_fields__}
     options = {key: value for key, value in overrides.items() if key not in of_decoder}
-    make_config(cls, options)  # a clear error before the options become text
-    text = f"{name}({','.join(f'{key}={value}' for key, value in options.items())})"
-    field = {"mixer": "pattern", "ffn": "ffn", "head": "head"}[kind_of(name)]
-    return Decoder(make_config(Decoder, {**vars(Decoder.Config.tiny()), field: text, **of_decoder}))
+    part = to_text(make_config(cls, {**_tiny(cls), **options}))
+    field, host = HOSTS[kind_of(name)]
+    return Decoder(make_config(Decoder, {**vars(Decoder.Config.tiny()), field: host.format(part), **of_decoder}))
+
+
+def _tiny(cls: type[nn.Module]) -> dict[str, Any]:
+    """Options of a part that make it show what it does in a few tokens; most parts do so by default."""
+    return vars(cls.Config.tiny()) if "tiny" in dir(cls.Config) else {}
 
 
 def card(name: str) -> dict[str, Any]:

@@ -7,12 +7,13 @@ the paper: rotary positions; optional window and per-head RMSNorm of queries and
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 import kernels
+from models.config import parse_part
 from models.layers.norm import RMSNorm
-from models.layers.rope import rotate
 from models.span import Span
 from models.state import State, TensorSpec, append
 from models.stateful import Place, Stateful
@@ -24,14 +25,19 @@ class GQA(Stateful):
 
     @dataclass(frozen=True)
     class Config:
-        """head_dim: 0 means dim / heads. window: tokens seen, 0 for all. theta: base of the rotary frequencies."""
+        """head_dim: 0 means dim / heads. window: tokens seen, 0 for all. positions: a scheme of models/positions.
+
+        mask: full lets every token see every other, for encoders. bias: on the four projections.
+        """
 
         heads: int = 4
         kv_heads: int = 2
         head_dim: int = 0
         window: int = 0
-        theta: float = 10000.0
+        positions: str = "rope"
+        mask: Literal["causal", "full"] = "causal"
         qk_norm: bool = False
+        bias: bool = False
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
@@ -41,10 +47,11 @@ class GQA(Stateful):
             raise ValueError(f"gqa: dim={place.dim} must be a multiple of heads={config.heads}, or give head_dim")
         self.config = config
         self.head_dim = config.head_dim or place.dim // config.heads
-        if self.head_dim % 2:
-            raise ValueError(f"gqa: head_dim={self.head_dim} must be even for rotary positions")
-        self.wqkv = nn.Linear(place.dim, (config.heads + 2 * config.kv_heads) * self.head_dim, bias=False)
-        self.wo = nn.Linear(config.heads * self.head_dim, place.dim, bias=False)
+        positions, positions_config = parse_part(config.positions, "position")
+        self.positions = positions(positions_config, self.head_dim)
+        self.causal = config.mask == "causal"
+        self.wqkv = nn.Linear(place.dim, (config.heads + 2 * config.kv_heads) * self.head_dim, bias=config.bias)
+        self.wo = nn.Linear(config.heads * self.head_dim, place.dim, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, 1e-6) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, 1e-6) if config.qk_norm else nn.Identity()
 
@@ -57,8 +64,8 @@ class GQA(Stateful):
         c = self.config
         heads_BTHK = self.wqkv(x_BTD).unflatten(-1, (c.heads + 2 * c.kv_heads, self.head_dim))
         q_BTHK, k_BTGK, v_BTGK = heads_BTHK.split([c.heads, c.kv_heads, c.kv_heads], 2)
-        q_BTHK = rotate(self.q_norm(q_BTHK), at.positions_BT, c.theta)
-        k_BTGK = rotate(self.k_norm(k_BTGK), at.positions_BT, c.theta)
+        q_BTHK = self.positions(self.q_norm(q_BTHK), at.positions_BT)
+        k_BTGK = self.positions(self.k_norm(k_BTGK), at.positions_BT)
         view, state = append(state, at, k=k_BTGK, v=v_BTGK)
-        y_BTHK = kernels.attention(q_BTHK, view, window=c.window)
+        y_BTHK = kernels.attention(q_BTHK, view, window=c.window, mask=c.mask)
         return self.wo(y_BTHK.flatten(2)), state

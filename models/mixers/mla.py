@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import View
+from models.config import parse_part
 from models.layers.norm import RMSNorm
-from models.layers.rope import rotate
 from models.span import Span
 from models.state import State, TensorSpec, append
 from models.stateful import Place, Stateful
@@ -35,13 +35,13 @@ class MLA(Stateful):
         nope_dim: int = 16
         rope_dim: int = 8
         value_dim: int = 16
-        theta: float = 10000.0
+        positions: str = "rope"
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
         c = self.config = config
-        if c.rope_dim % 2:
-            raise ValueError(f"mla: rope_dim={c.rope_dim} must be even")
+        positions, positions_config = parse_part(c.positions, "position")
+        self.positions = positions(positions_config, c.rope_dim)
         width = c.heads * (c.nope_dim + c.rope_dim)
         if c.query_latent:
             self.wq_down = nn.Linear(place.dim, c.query_latent, bias=False)
@@ -59,10 +59,10 @@ class MLA(Stateful):
         c = self.config
         q_BTD = self.wq(self.q_norm(self.wq_down(x_BTD)) if c.query_latent else x_BTD)
         nope_BTHK, rope_BTHK = q_BTD.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], -1)
-        rope_BTHK = rotate(rope_BTHK, at.positions_BT, c.theta)
+        rope_BTHK = self.positions(rope_BTHK, at.positions_BT)
         c_BTK, r_BTK = self.wc(x_BTD).split([c.latent, c.rope_dim], -1)
         c_BTK = self.c_norm(c_BTK)
-        r_BT1K = rotate(r_BTK[:, :, None], at.positions_BT, c.theta)
+        r_BT1K = self.positions(r_BTK[:, :, None], at.positions_BT)
         up_k_HKN, up_v_HVN = self.up.split([c.nope_dim, c.value_dim], 1)
         scale = (c.nope_dim + c.rope_dim) ** -0.5
         view, state = append(state, at, latent=torch.cat([c_BTK[:, :, None], r_BT1K], -1))

@@ -310,6 +310,10 @@ def _other_values(field, hint):
         return [not value]
     if hint is int:
         return [value * 2, value // 2, value + 1, 4] if value else [8, 4, 3]
+    if hint is str and field.name == "positions":
+        return ["nope"]
+    if typing.get_origin(hint) is tuple:
+        return [tuple(2 * item for item in value)]
     if hint is float:
         return [value * 1.5 + 0.1, value / 2]
     raise AssertionError(f"{field.name}: no other value known for {hint}")
@@ -328,12 +332,17 @@ def _signature(cls, kind, options):
 
 def decoder_around(cls, kind, options, layers=1):
     """A tiny decoder around a part class that need not be registered (plants are not)."""
+    tiny = vars(cls.Config.tiny()) if "tiny" in dir(cls.Config) else {}
+    options = {**tiny, **options}
     config = make_config(cls, options) if cls.__module__.startswith("models.") else cls.Config(**options)
     decoder = Decoder(dataclasses.replace(Decoder.Config.tiny(), layers=layers))
     torch.manual_seed(0)
     for layer, block in enumerate(decoder.blocks):
         place = registry_place(decoder, layer)
-        setattr(block, kind, cls(config, place))
+        if kind == "position":
+            block.mixer.positions = cls(config, block.mixer.head_dim)
+        else:
+            setattr(block, kind, cls(config, place))
     return decoder
 
 
@@ -345,4 +354,4 @@ def registry_place(decoder, layer):
 
 def parts():
     """(name, kind) of everything the suites are generated over."""
-    return [(name, kind) for kind in ("mixer", "ffn", "head") for name in registry.names(kind=kind)]
+    return [(name, kind) for kind in ("mixer", "ffn", "head", "position") for name in registry.names(kind=kind)]

@@ -1,0 +1,50 @@
+"""Rotary position embedding: pairs of channels turn with the position, so scores depend on the distance alone.
+
+A scheme (models/positions/) gives the frequency of each pair. Pairs are (i, i + K/2), as in Llama checkpoints. Angles
+are computed in fp32 at each call: a table kept as a buffer would be rounded whenever a model is cast to bf16.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class Rotary(nn.Module):
+    """A scheme of positions for heads of `dim` channels, of which the first `fraction` turn."""
+
+    family = "positions"
+
+    @dataclass(frozen=True)
+    class Config:
+        """theta: base of the frequencies. fraction: share of a head's channels that turn."""
+
+        theta: float = 10000.0
+        fraction: float = 1.0
+
+    amplitude = 1.0  # of the turned channels, which scales the attention logits by its square
+
+    def __init__(self, config: Config, dim: int) -> None:
+        super().__init__()
+        self.config, self.turned = config, int(dim * config.fraction)
+        if self.turned % 2 or not 0 < self.turned <= dim:
+            raise ValueError(
+                f"positions: {self.turned} of {dim} channels of a head turn; it must be an even number from 2 to {dim}"
+            )
+
+    def frequency(self, positions_BT: Tensor) -> Tensor:
+        """Radians per token of each pair, fp32, (K/2) or, where it depends on the position, (B, T, K/2)."""
+        return self.config.theta ** -self.exponent(positions_BT.device)
+
+    def exponent(self, device: torch.device) -> Tensor:
+        """2i / K of each pair, fp32."""
+        return torch.arange(0, self.turned, 2, device=device, dtype=torch.float32) / self.turned
+
+    def forward(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
+        """x (B, T, H, K) turned to its positions; dtype of x."""
+        angle_BT1K = (positions_BT[..., None].float() * self.frequency(positions_BT))[:, :, None]
+        cos, sin = angle_BT1K.cos() * self.amplitude, angle_BT1K.sin() * self.amplitude
+        turned, rest = x_BTHK.split([self.turned, x_BTHK.shape[-1] - self.turned], -1)
+        first, second = turned.float().chunk(2, -1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BTHK.dtype)
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
