@@ -111,12 +111,12 @@ def build(name: str, **overrides: Any) -> nn.Module:
         return cls(make_config(cls, {**tiny, **overrides}))
     of_decoder = {key: value for key, value in overrides.items() if key in Decoder.Config.__dataclass_fields__}
     options = {key: value for key, value in overrides.items() if key not in of_decoder}
-    part = to_text(make_config(cls, {**_tiny(cls), **options}))
+    part = to_text(make_config(cls, {**tiny_options(cls), **options}))
     field, host = HOSTS[kind_of(name)]
     return Decoder(make_config(Decoder, {**vars(Decoder.Config.tiny()), field: host.format(part), **of_decoder}))
 
 
-def _tiny(cls: type[nn.Module]) -> dict[str, Any]:
+def tiny_options(cls: type[nn.Module]) -> dict[str, Any]:
     """Options of a part that make it show what it does in a few tokens; most parts do so by default."""
     return vars(cls.Config.tiny()) if "tiny" in dir(cls.Config) else {}
 

@@ -286,10 +286,10 @@ CHECKS = (
 def live_options(cls, kind):
     """Every field of a part's Config changes shapes or outputs; returns the names of those that do not."""
     hints = typing.get_type_hints(cls.Config)
-    base = _signature(cls, kind, {})
+    tiny, base = registry.tiny_options(cls), _signature(cls, kind, {})
     dead = []
     for field in dataclasses.fields(cls.Config):
-        for value in _other_values(field, hints[field.name]):
+        for value in _other_values(tiny.get(field.name, field.default), hints[field.name], field.name):
             try:
                 changed = _signature(cls, kind, {field.name: value})
             except ValueError:
@@ -302,21 +302,20 @@ def live_options(cls, kind):
     return dead
 
 
-def _other_values(field, hint):
-    value = field.default
+def _other_values(value, hint, name):
     if typing.get_origin(hint) is typing.Literal:
         return [other for other in typing.get_args(hint) if other != value]
     if hint is bool:
         return [not value]
     if hint is int:
         return [value * 2, value // 2, value + 1, 4] if value else [8, 4, 3]
-    if hint is str and field.name == "positions":
+    if hint is str and name == "positions":
         return ["nope"]
     if typing.get_origin(hint) is tuple:
         return [tuple(2 * item for item in value)]
     if hint is float:
         return [value * 1.5 + 0.1, value / 2]
-    raise AssertionError(f"{field.name}: no other value known for {hint}")
+    raise AssertionError(f"{name}: no other value known for {hint}")
 
 
 def _signature(cls, kind, options):
@@ -332,8 +331,7 @@ def _signature(cls, kind, options):
 
 def decoder_around(cls, kind, options, layers=1):
     """A tiny decoder around a part class that need not be registered (plants are not)."""
-    tiny = vars(cls.Config.tiny()) if "tiny" in dir(cls.Config) else {}
-    options = {**tiny, **options}
+    options = {**registry.tiny_options(cls), **options}
     config = make_config(cls, options) if cls.__module__.startswith("models.") else cls.Config(**options)
     decoder = Decoder(dataclasses.replace(Decoder.Config.tiny(), layers=layers))
     torch.manual_seed(0)

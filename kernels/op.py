@@ -1,0 +1,158 @@
+"""A chunked form becomes a torch op: opaque to `torch.compile`, checkpointable, twice differentiable.
+
+Forward runs the form without recording. Backward is a second op: a hand-written `grad` where one is given, else the
+form again with recording on. When autograd records inside backward (gradients of gradients), the form runs there in
+plain torch, so that everything behind it is ordinary autograd.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+FORMS = ("", "reference", "chunked")
+FORM = os.environ.get("EDIFICE_KERNELS", "")
+if FORM not in FORMS:
+    raise ValueError(f"EDIFICE_KERNELS={FORM!r}: set it to reference or chunked, or leave it unset")
+
+
+def choose(reference: Callable, op: Callable) -> Callable:
+    """What the public function of an op calls: the op, unless EDIFICE_KERNELS asks for the definition."""
+    return reference if FORM == "reference" else op
+
+
+def register(
+    name: str,
+    form: Callable,
+    fake: Callable,
+    *,
+    grad: Callable | None = None,
+    saved: int = 0,
+    twice: Callable | None = None,
+) -> Callable:
+    """Register `edifice::name` and `edifice::name_backward`; returns the op.
+
+    form:  annotated function of tensors, optional tensors, ints, floats and bools; returns a tensor or a tuple.
+    fake:  same arguments; empty outputs of the right shapes, dtypes and devices.
+    grad:  (args, outputs, grads, needs) -> a gradient for each True of `needs` (one bool per argument), in order.
+    saved: how many trailing outputs exist for `grad` alone; the caller ignores them and they carry no gradient.
+    twice: a form that autograd can differentiate any number of times, where `form` is not one.
+    """
+
+    def run_form(*args):
+        outputs = form(*args)
+        return tuple(_owned(outputs, args)) if isinstance(outputs, tuple) else _owned([outputs], args)[0]
+
+    schema = torch.library.infer_schema(form, mutates_args=())
+    forward = torch.library.custom_op(f"edifice::{name}", run_form, mutates_args=(), schema=schema)
+    forward.register_fake(fake)
+    arguments = forward._opoverload._schema.arguments
+    places = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+    inputs = ", ".join(f"{_schema_type(a.type)} {a.name}" for a in arguments)
+
+    def run(*everything):
+        args, (outputs, grads, needs) = everything[: len(arguments)], everything[len(arguments) :]
+        if grad is not None:
+            found = grad(args, outputs, grads, needs)
+        else:
+            found = recompute(form, args, grads, needs, again=False)
+        return _owned(found, (*args, *outputs, *grads))
+
+    backward = torch.library.custom_op(
+        f"edifice::{name}_backward",
+        run,
+        mutates_args=(),
+        schema=f"({inputs}, Tensor[] outputs, Tensor[] grads, bool[] needs) -> Tensor[]",
+    )
+
+    def fake_backward(*everything):
+        needs = everything[-1]
+        return [torch.empty_like(everything[i], memory_format=torch.contiguous_format) for i in places if needs[i]]
+
+    backward.register_fake(fake_backward)
+
+    def setup_context(ctx, inputs, output):
+        outputs = output if isinstance(output, tuple) else (output,)
+        kept = outputs[len(outputs) - saved :] if saved else ()
+        if saved:
+            ctx.mark_non_differentiable(*kept)
+        ctx.constants = [None if i in places else value for i, value in enumerate(inputs)]
+        ctx.save_for_backward(*(inputs[i] for i in places), *kept)
+
+    def run_backward(ctx, *grads):
+        tensors = ctx.saved_tensors
+        args = list(ctx.constants)
+        for i, tensor in zip(places, tensors, strict=False):
+            args[i] = tensor
+        needs = [i in places and need for i, need in enumerate(ctx.needs_input_grad)]
+        grads = grads[: len(grads) - saved]
+        if torch.is_grad_enabled():
+            found = recompute(twice or form, args, grads, needs, again=True)
+        else:
+            found = backward(*args, list(tensors[len(places) :]), list(grads), needs)
+        found = iter(found)
+        return tuple(next(found) if need else None for need in needs)
+
+    forward.register_autograd(run_backward, setup_context=setup_context)
+    return forward
+
+
+def recompute(form: Callable, args: Sequence, grads: Sequence[Tensor], needs: Sequence[bool], again: bool):
+    """The gradients of `form`, by running it with recording on. `again`: they can be differentiated in turn."""
+    with recording():
+        # A fresh alias of each input: an input computed from another one must not add that path a second time.
+        fresh = [x.view_as(x) if again else x.detach() for x in _needed(args, needs)]
+        if not again:
+            fresh = [x.requires_grad_() for x in fresh]
+        given = iter(fresh)
+        outputs = form(*(next(given) if need else x for x, need in zip(args, needs, strict=True)))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(out, g) for out, g in zip(outputs, grads, strict=False) if out.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(x) for x in fresh]
+        found = torch.autograd.grad(
+            [out for out, _ in pairs],
+            fresh,
+            [g for _, g in pairs],
+            create_graph=again,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    return found
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Autograd inside the body of an op: torch switches it off there at the level of its dispatcher."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+def _owned(outputs: Sequence[Tensor], inputs: Sequence) -> list[Tensor]:
+    """What an op may return: contiguous, as its fake says, and with memory of its own."""
+    taken = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
+    owned = []
+    for x in outputs:
+        x = x.contiguous()
+        x = x.clone() if x.untyped_storage()._cdata in taken else x
+        taken.add(x.untyped_storage()._cdata)
+        owned.append(x)
+    return owned
+
+
+def _needed(args: Sequence, needs: Sequence[bool]) -> list[Tensor]:
+    return [x for x, need in zip(args, needs, strict=True) if need]
+
+
+def _schema_type(kind) -> str:
+    """The schema spelling of an argument's type."""
+    text = str(kind)
+    if text.startswith("Optional["):
+        return _schema_type(text[len("Optional[") : -1]) + "?"
+    return {"Tensor": "Tensor", "int": "SymInt", "SymInt": "SymInt", "float": "float", "bool": "bool"}[text]
