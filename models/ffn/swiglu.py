@@ -21,12 +21,13 @@ class SwiGLU(Stateful):
         """hidden: gated units, 0 means 8/3 dim rounded up to a multiple of 16 (the parameters of a 4 dim MLP)."""
 
         hidden: int = 0
+        bias: bool = False
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
         hidden = config.hidden or -(-place.dim * 8 // 3 // 16) * 16
-        self.wi = nn.Linear(place.dim, 2 * hidden, bias=False)
-        self.wo = nn.Linear(hidden, place.dim, bias=False)
+        self.wi = nn.Linear(place.dim, 2 * hidden, bias=config.bias)
+        self.wo = nn.Linear(hidden, place.dim, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         gate, up = self.wi(x_BTD).chunk(2, -1)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from models.hub.hf import load_hf, save_hf
 from models.model import Model
+
+__all__ = ["contents", "load", "load_hf", "locate", "save", "save_hf", "set_weights", "weights"]
 
 
 def save(model: Model, path: str, tokenizer: bytes | None = None) -> None:

@@ -1,0 +1,49 @@
+"""Reading a checkpoint's config so that nothing in it is passed over in silence."""
+
+from typing import Any
+
+# Fields that say nothing about the numbers a model computes.
+HARMLESS = {
+    "architectures", "model_type", "transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "hidden_dropout",
+    "attn_implementation", "_attn_implementation", "return_dict", "output_attentions", "output_hidden_states",
+    "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "tokenizer_class",
+}  # fmt: skip
+
+_ABSENT = object()
+
+
+class Fields:
+    """A config's fields; each is taken once, and `finish` refuses those that nobody took."""
+
+    def __init__(self, record: dict[str, Any], source: str) -> None:
+        self._rest = {name: value for name, value in record.items() if name not in HARMLESS}
+        self._source = source
+
+    def take(self, name: str, default: Any = _ABSENT) -> Any:
+        """The value of a field; `default` also for null. ValueError when it is needed and missing."""
+        value = self._rest.pop(name, None)
+        if value is None:
+            if default is _ABSENT:
+                raise ValueError(f"{self._source}: {name} is missing")
+            return default
+        return value
+
+    def only(self, name: str, *allowed: Any) -> None:
+        """Refuse any value but those we compute; null and absent mean the first."""
+        value = self.take(name, allowed[0])
+        if value not in allowed:
+            raise ValueError(
+                f"{self._source}: {name}={value!r} is not honoured; it can be {' or '.join(map(repr, allowed))}"
+            )
+
+    def inside(self, name: str) -> "Fields | None":
+        """A field that holds fields, or None."""
+        value = self.take(name, None)
+        return None if value is None else Fields(value, f"{self._source}: {name}")
+
+    def finish(self) -> None:
+        """ValueError that names the first field nobody took, unless it is null."""
+        left = sorted(name for name, value in self._rest.items() if value is not None)
+        if left:
+            raise ValueError(f"{self._source}: {left[0]}={self._rest[left[0]]!r} is not honoured by this loader")
