@@ -1,0 +1,142 @@
+"""Sampling the next token of each row, with random numbers that belong to the request and not to the batch.
+
+The number that picks the token at position i of a request with seed s is a hash of (s, i). So a stream is the same in
+any batch, after a preemption, and resumed on another machine. The distribution is inverted in vocabulary order, row by
+row; no row's path depends on what the other rows ask for.
+
+top-p needs no sorting: a token is outside of the nucleus exactly when likelier ones have mass p together, which is one
+sum. Then all that are no likelier are outside too, and the next draw is made without them and with a new number. The
+result is exact, and at most 1/p draws are expected.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_MASK = (1 << 64) - 1
+_BLOCK = 256  # sums of so many tokens are searched first: one pass over the vocabulary instead of a cumulative sum
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a completion is drawn and when it ends.
+
+    max_tokens:  tokens to generate at most.
+    temperature: 0 takes the likeliest token.
+    top_k:       draw among the k likeliest tokens; 0 for all. Applied before top_p.
+    top_p:       draw among the likeliest tokens that together have this probability.
+    seed:        0 <= seed < 2^64; None draws one.
+    stop:        texts that end the completion and are not part of it.
+    ignore_eos:  go on after the end token.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: must be 0 or more, and finite")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must be 0 (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.seed is not None and not 0 <= self.seed <= _MASK:
+            raise ValueError(f"seed={self.seed}: must be at least 0 and below 2^64")
+        if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop={self.stop!r}: must be a list of texts, none of them empty")
+
+
+def uniform(seed: int, position: int, draw: int = 0) -> float:
+    """A number in [0, 1) for draw `draw` at `position` of a stream: the splitmix64 finaliser over each in turn."""
+    return (_mix(_mix(_mix(seed) + position) + draw) >> 12) * 2.0**-52
+
+
+def _mix(value: int) -> int:
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def sample(logits_BC: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+    """One token id per row.
+
+    samplings: of each row, with a seed unless its temperature is 0. positions: of the token in its completion.
+    """
+    random = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
+    if len(random) < len(samplings):
+        tokens = logits_BC.argmax(-1).tolist()
+        if not random:
+            return tokens
+        logits_BC = logits_BC[torch.tensor(random, device=logits_BC.device)]
+    else:
+        tokens = [0] * len(samplings)
+    own = [samplings[row] for row in random]
+    weights_NC = _weights(logits_BC, own)
+    # Likelier tokens of this mass put a token outside of the nucleus; where top_k has cut, top_p has too.
+    p = [s.top_p if s.top_p < 1 and not 0 < s.top_k < logits_BC.shape[1] else float("inf") for s in own]
+    limit_N = weights_NC.new_tensor(p) * weights_NC.sum(-1)
+    rows, draw = random, 0
+    while True:
+        drawn_N = _invert(weights_NC, [uniform(samplings[row].seed, positions[row], draw) for row in rows])
+        for row, token in zip(rows, drawn_N.tolist()):
+            tokens[row] = token
+        if min(p) > 1:
+            return tokens
+        least_N1 = weights_NC.gather(1, drawn_N[:, None])
+        weights_NC = torch.where(weights_NC > least_N1, weights_NC, 0.0)
+        outside_M = (weights_NC.sum(-1) >= limit_N).nonzero()[:, 0]
+        if not len(outside_M):
+            return tokens
+        weights_NC, limit_N = weights_NC[outside_M], limit_N[outside_M]
+        rows, draw = [rows[index] for index in outside_M.tolist()], draw + 1
+
+
+def _weights(logits_NC: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """Unnormalised probabilities (N, C, zeros up to whole blocks) fp32; 0 for what top_k, and top_p then, cut."""
+    rows, classes = logits_NC.shape
+    weights_NC = torch.zeros(rows, -(-classes // _BLOCK) * _BLOCK, device=logits_NC.device)
+    temperature_N1 = weights_NC.new_tensor([sampling.temperature for sampling in samplings])[:, None].clamp(min=1e-30)
+    top_N1 = logits_NC.max(-1, keepdim=True).values
+    if not bool(top_N1.isfinite().all()):
+        raise FloatingPointError("the model's logits are not finite: its weights are damaged or training diverged")
+    # The maximum goes first: a tiny temperature may then overflow only to -inf, which has weight 0.
+    weights_NC[:, :classes].copy_(logits_NC).sub_(top_N1).div_(temperature_N1).exp_()
+    cut = [row for row, sampling in enumerate(samplings) if 0 < sampling.top_k < classes]
+    if cut:
+        cut_M = torch.tensor(cut, device=logits_NC.device)
+        k_M1 = torch.tensor([[samplings[row].top_k] for row in cut], device=logits_NC.device)
+        p_M1 = weights_NC.new_tensor([[samplings[row].top_p] for row in cut])
+        cut_MC = weights_NC[cut_M]
+        top_MK = cut_MC.topk(max(samplings[row].top_k for row in cut), -1).values
+        mass_MK = top_MK.cumsum(-1)
+        nucleus_M1 = (mass_MK < p_M1 * mass_MK.gather(1, k_M1 - 1)).sum(-1, keepdim=True) + 1
+        keep_M1 = torch.where(p_M1 < 1, torch.minimum(nucleus_M1, k_M1), k_M1)
+        weights_NC[cut_M] = cut_MC.masked_fill(cut_MC < top_MK.gather(1, keep_M1 - 1), 0.0)
+    return weights_NC
+
+
+def _invert(weights_NC: Tensor, u_N: Sequence[float]) -> Tensor:
+    """The token at part u of each row's mass, (N,) int64; its weight is never 0."""
+    blocks_NKS = weights_NC.unflatten(-1, (-1, _BLOCK))
+    # float64, and 52 random bits, so that u * total is always below the total.
+    sums_NK = blocks_NKS.sum(-1, dtype=torch.float64).cumsum(-1)
+    target_N1 = sums_NK.new_tensor(u_N)[:, None] * sums_NK[:, -1:]
+    block_N1 = torch.searchsorted(sums_NK, target_N1, right=True)
+    before_N1 = F.pad(sums_NK, (1, 0)).gather(1, block_N1)
+    rows_N = torch.arange(len(u_N), device=weights_NC.device)
+    inner_NS = blocks_NKS[rows_N, block_N1[:, 0]].cumsum(-1, dtype=torch.float64)
+    # Rounded differently, the block may end a hair before the target: then its last token with any weight is meant.
+    last_N1 = torch.searchsorted(inner_NS, inner_NS[:, -1:].contiguous())
+    inside_N1 = torch.searchsorted(inner_NS, target_N1 - before_N1, right=True)
+    return (block_N1 * _BLOCK + torch.minimum(inside_N1, last_N1))[:, 0]

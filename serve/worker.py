@@ -1,0 +1,143 @@
+"""The bridge between the engine, which lives in a thread of its own, and asyncio, which must never wait for it.
+
+Commands go to the thread through a queue and are done between two steps. All events of a step for one HTTP call come
+back in one wake-up of its event loop. A stream closed early, because its client went away, cancels what is left of it.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Sequence
+
+from serve.engine import Engine, Event, Request
+
+
+class Busy(Exception):
+    """Too many requests wait already."""
+
+
+class Failed(Exception):
+    """The engine broke; nothing will be answered any more."""
+
+
+class _Call:
+    """The requests of one HTTP call: their ids, known to the engine's thread, and the way back to its event loop."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self.requests = requests
+        self.events: asyncio.Queue[list[tuple[int, Event]] | Failed] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.ids: list[int] = []
+        self.closed = False
+
+    def deliver(self, item: list[tuple[int, Event]] | Failed) -> bool:
+        """From the engine's thread; False when nobody listens any more."""
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, item)
+        except RuntimeError:  # the event loop is closed
+            return False
+        return True
+
+
+class Worker:
+    """Runs `engine` in a thread. waiting: requests that may wait for a row before more are refused."""
+
+    def __init__(self, engine: Engine, waiting: int = 256) -> None:
+        self.engine = engine
+        self.limit = engine.memory.rows + waiting
+        self.failure: BaseException | None = None
+        self._open = 0  # requests of all open streams; belongs to the event loop
+        self._inbox: queue.SimpleQueue[tuple[str, _Call | None]] = queue.SimpleQueue()
+        self._routes: dict[int, tuple[_Call, int]] = {}
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # -- the event loop's side -----------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises Failed once the engine's thread is gone."""
+        if self.failure is not None:
+            raise Failed(f"the engine stopped: {self.failure}")
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Raises ValueError for requests that can never be answered, Busy for too many, Failed when all is lost."""
+        self.check()
+        if len(requests) > self.limit:
+            raise ValueError(f"prompt: {len(requests)} completions in one request, at most {self.limit} are allowed")
+        for request in requests:
+            self.engine.check(request)
+        if self._open + len(requests) > self.limit:
+            raise Busy(f"{self._open} requests are running or waiting already, try again later")
+
+    async def stream(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
+        """(index in `requests`, event) as they come, until each has ended. Raises as `admit`, and Failed in between."""
+        self.admit(requests)
+        call = _Call(requests)
+        self._open += len(requests)
+        remaining = len(requests)
+        self._inbox.put(("submit", call))
+        try:
+            self.check()  # an engine that fails from here on finds the call in its inbox
+            while remaining:
+                item = await call.events.get()
+                if isinstance(item, Failed):
+                    raise item
+                for index, event in item:
+                    remaining -= event.reason is not None
+                    yield index, event
+        finally:
+            self._open -= len(requests)
+            if remaining:
+                self._inbox.put(("cancel", call))
+
+    def stop(self) -> None:
+        """Ends the thread after its current step; what is running gets Failed."""
+        self._inbox.put(("stop", None))
+        self._thread.join()
+
+    # -- the engine's side ---------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._commands():
+                if self.engine.busy:
+                    self._dispatch(self.engine.step())
+            self.failure = Failed("it was shut down")
+        except BaseException as error:  # whatever it was, nobody may be left waiting
+            self.failure = error
+        failed = Failed(f"the engine stopped: {self.failure}")
+        for call in {id(call): call for call, _ in self._routes.values()}.values():
+            call.deliver(failed)
+        while not self._inbox.empty():
+            name, call = self._inbox.get()
+            if name == "submit":
+                call.deliver(failed)
+
+    def _commands(self) -> bool:
+        """Does what is in the inbox, and waits for something when the engine has nothing to do. False: stop."""
+        while True:
+            try:
+                name, call = self._inbox.get(block=not self.engine.busy)
+            except queue.Empty:
+                return True
+            if name == "stop":
+                return False
+            if name == "submit":
+                for index, request in enumerate(call.requests):
+                    call.ids.append(self.engine.submit(request))
+                    self._routes[call.ids[-1]] = (call, index)
+            else:
+                for id in call.ids:
+                    self.engine.cancel(id)
+
+    def _dispatch(self, events: list[Event]) -> None:
+        batches: dict[int, tuple[_Call, list[tuple[int, Event]]]] = {}
+        for event in events:
+            call, index = self._routes[event.id]
+            if event.reason is not None:
+                del self._routes[event.id]
+            batches.setdefault(id(call), (call, []))[1].append((index, event))
+        for call, batch in batches.values():
+            if not call.deliver(batch):
+                for id_ in call.ids:
+                    self.engine.cancel(id_)

@@ -1,0 +1,151 @@
+"""The HTTP routes without Ray: shapes, errors in OpenAI's form, and who may come in."""
+
+import json
+
+import pytest
+from starlette.testclient import TestClient
+
+from serve.api import Service, create_app
+from serve.engine import Engine
+from serve.worker import Worker
+
+HERE = ("127.0.0.1", 1234)
+
+
+@pytest.fixture(scope="module")
+def worker(decoder, tokenizer):
+    worker = Worker(Engine(decoder, tokenizer, max_rows=2, max_len=200), waiting=2)
+    yield worker
+    worker.stop()
+
+
+@pytest.fixture(scope="module")
+def client(worker):
+    return TestClient(create_app(Service(worker, "tiny")), client=HERE)
+
+
+def post(client, **body):
+    return client.post("/v1/completions", json={"model": "tiny", "prompt": "def", "max_tokens": 4, **body})
+
+
+def test_prompts_of_every_shape(client, worker):
+    ids = worker.engine.encode("def")
+    texts = []
+    for prompt in ("def", ids, ["def"], [ids]):
+        answer = post(client, prompt=prompt, temperature=0).json()
+        texts.append(answer["choices"][0]["text"])
+        assert answer["usage"]["prompt_tokens"] == len(ids)
+    assert len(set(texts)) == 1
+    answer = post(client, prompt=["def", "for"], n=2, seed=7, ignore_eos=True).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    tokens = sum(len(worker.engine.encode(text)) for text in ("def", "for"))
+    assert answer["usage"] == {"prompt_tokens": tokens, "completion_tokens": 16, "total_tokens": tokens + 16}
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"length"}
+
+
+def test_echo_comes_before_the_completion(client, tokenizer, worker):
+    plain = post(client, seed=1).json()["choices"][0]["text"]
+    assert post(client, seed=1, echo=True).json()["choices"][0]["text"] == "def" + plain
+    lines = post(client, seed=1, echo=True, stream=True).text.split("\n\n")
+    pieces = [json.loads(line[6:])["choices"][0]["text"] for line in lines if line.startswith("data: {")]
+    assert pieces[0] == "def" and "".join(pieces) == "def" + plain
+    ids = worker.engine.encode("def")
+    assert post(client, prompt=ids, seed=1, echo=True).json()["choices"][0]["text"] == "def" + plain
+
+
+def test_null_and_neutral_values_change_nothing(client):
+    plain = post(client, seed=1).json()["choices"]
+    neutral = {
+        "logprobs": None,
+        "stop": None,
+        "n": None,
+        "frequency_penalty": 0.0,
+        "best_of": 1,
+        "user": "me",
+        "suffix": None,
+    }
+    assert post(client, seed=1, **neutral).json()["choices"] == plain
+    assert post(client, seed=-3).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body, status, param, message",
+    [
+        ({"model": "other"}, 404, "model", "the model 'other' does not exist; this server has 'tiny'"),
+        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens: input should be greater than or equal to 1"),
+        ({"max_tokens": "4"}, 400, "max_tokens", "max_tokens: input should be a valid integer"),
+        ({"temperature": -1}, 400, "temperature", "temperature: input should be greater than or equal to 0"),
+        ({"top_p": 0}, 400, "top_p", "top_p: input should be greater than 0"),
+        ({"prompt": [1, "a"]}, 400, "prompt", "prompt: must be a text, a list of texts"),
+        ({"prompt": []}, 400, "prompt", "prompt: must be a text, a list of texts"),
+        ({"prompt": [[]]}, 400, "prompt", "prompt: must be a text, a list of texts"),
+        ({"prompt": [10**6]}, 400, "prompt", "prompt: token 1000000 is not in the vocabulary"),
+        ({"max_tokens": 500}, 400, "prompt", "together at most 200 are allowed"),
+        ({"stop": ["a", ""]}, 400, "stop", "stop: must be a text or a list of at most 16 texts, none of them empty"),
+        ({"stop": 5}, 400, "stop", "stop: must be a text or a list of at most 16 texts"),
+        ({"logprobs": 2}, 400, "logprobs", "logprobs: not supported"),
+        ({"best_of": 2}, 400, None, "best_of: not supported"),
+        ({"colour": "red"}, 400, "colour", "colour: extra inputs are not permitted"),
+        (
+            {"stream_options": {"include_usage": True}},
+            400,
+            "stream_options",
+            "stream_options: allowed only with stream",
+        ),
+        ({"n": 5}, 400, "prompt", "prompt: 5 completions in one request, at most 4 are allowed"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
+)
+def test_errors(client, body, status, param, message):
+    answer = post(client, **body)
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (answer.status_code, error["type"], error["param"]) == (status, "invalid_request_error", param)
+    assert message in error["message"] and "\n" not in error["message"]
+
+
+def test_other_errors_have_the_same_shape(client):
+    for answer, status in [
+        (client.post("/v1/completions", content=b"{"), 400),
+        (client.post("/v1/completions", json=[1]), 400),
+        (client.post("/v1/completions", json={"prompt": "a"}), 400),
+        (client.get("/v1/completions"), 405),
+        (client.get("/v1/nothing"), 404),
+        (client.get("/docs"), 404),
+        (client.get("/v1/models/other"), 404),
+    ]:
+        assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert client.get("/v1/models/tiny").json()["id"] == client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+def test_keys(worker):
+    client = TestClient(create_app(Service(worker, "tiny", ["one", "two"])), client=HERE)
+    assert client.get("/health").json() == {"status": "ok"}
+    for key, status in [(None, 401), ("three", 401), ("on", 401), ("", 401), ("one", 200), ("two", 200)]:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        answer = client.get("/v1/models", headers=headers)
+        assert answer.status_code == status
+        if status == 401:
+            assert answer.json()["error"]["type"] == "authentication_error"
+            assert client.post("/v1/completions", content=b"{", headers=headers).status_code == 401
+
+
+def test_without_keys_only_this_machine_is_served(worker):
+    app = create_app(Service(worker, "tiny"))
+    for host, status in [("127.0.0.1", 200), ("127.8.8.8", 200), ("::1", 200), ("10.0.0.7", 401), ("elsewhere", 401)]:
+        client = TestClient(app, client=(host, 1))
+        assert client.get("/v1/models").status_code == status
+        assert client.get("/health").status_code == 200
+
+
+def test_too_many_requests_and_a_broken_engine(decoder, tokenizer):
+    worker = Worker(Engine(decoder, tokenizer, max_rows=1, max_len=200), waiting=0)
+    client = TestClient(create_app(Service(worker, "tiny")), client=HERE)
+    worker._open = 1  # as if a stream were open
+    answer = post(client)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+    worker._open = 0
+    worker.engine.memory.put = None
+    assert post(client).status_code == 503
+    assert client.get("/health").status_code == 503
+    assert post(client).json()["error"]["type"] == "server_error"

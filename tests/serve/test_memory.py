@@ -1,0 +1,128 @@
+"""Rows and pages: nobody's memory is somebody else's, nothing is lost, and the state of a row follows it around."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models.state import Pages, TensorSpec
+from serve.memory import StateMemory
+
+SPEC = {
+    "length": TensorSpec((), torch.int64),
+    "sum": TensorSpec((3,), torch.float32, fill=2.0),
+    "k": TensorSpec((2,), torch.float32, every=1),
+    "block": TensorSpec((2,), torch.float32, every=4),
+    "ring": TensorSpec((2,), torch.float32, every=1, window=8),
+}
+
+
+def make(rows=3, max_len=100, **options) -> StateMemory:
+    return StateMemory(SPEC, rows, max_len, page=4, **options)
+
+
+def test_a_fresh_row_is_as_the_spec_fills_it_also_after_others_used_it():
+    memory = make(rows=1)
+    row = memory.allocate(5)
+    state = memory.take((row,))
+    assert state["length"].tolist() == [0] and state["sum"].tolist() == [[2.0] * 3]
+    memory.put((row,), {**state, "sum": torch.full((1, 3), 7.0), "length": torch.tensor([5])})
+    memory.free(row)
+    assert memory.take((memory.allocate(5),))["sum"].tolist() == [[2.0] * 3]
+
+
+def test_fixed_state_follows_its_row_through_other_groups():
+    memory = make()
+    rows = [memory.allocate(4) for _ in range(3)]
+    for step, group in enumerate([(0, 1, 2), (0, 1, 2), (2, 0), (1,), (1, 2, 0), (0,)]):
+        group = tuple(rows[index] for index in group)
+        state = memory.take(group)
+        memory.put(group, {**state, "sum": state["sum"] + torch.tensor(group)[:, None] * 10.0**step})
+    expected = {0: 2 + 0.0, 1: 2 + 1 * (1 + 10 + 1000 + 10000), 2: 2 + 2 * (1 + 10 + 100 + 10000)}
+    for row in rows:
+        assert memory.take((row,))["sum"][0, 0].item() == expected[row]
+
+
+def test_pages_of_a_row_keep_their_order_when_it_grows():
+    memory = make()
+    a, b = memory.allocate(3), memory.allocate(3)
+    before = memory.take((a,))["k"].table_BN[0].tolist()
+    assert memory.grow(b, 20) and memory.grow(a, 20)
+    state = memory.take((b, a))
+    assert state["k"].table_BN.shape == (2, 5) and state["k"].table_BN[1].tolist()[:1] == before
+    assert state["block"].table_BN.shape == (2, 2)
+    assert state["ring"].table_BN.tolist() == [[b + 1], [a + 1]]
+    assert state["ring"].capacity == SPEC["ring"].capacity(100)
+    assert all(isinstance(state[name], Pages) for name in ("k", "block", "ring"))
+
+
+def test_a_window_longer_than_any_row_is_no_ring():
+    """It grows page by page, as if it had no window."""
+    memory = make(max_len=8)
+    row = memory.allocate(3)
+    assert memory.take((row,))["ring"].table_BN.shape == (1, 1)
+    assert memory.grow(row, 8) and memory.take((row,))["ring"].table_BN.shape == (1, 2)
+
+
+def test_growing_is_all_or_nothing():
+    memory = make(rows=2, memory_bytes=2200)
+    row = memory.allocate(1)
+    most = max(tokens for tokens in range(1, 101) if memory.fits(tokens))
+    assert most < 100
+    free = memory.free_pages
+    assert not memory.grow(row, most + 1) and memory.free_pages == free
+    assert memory.grow(row, most)
+    assert memory.allocate(1) is None
+    memory.free(row)
+    assert memory.allocate(1, spare=1000) is None and memory.allocate(1) is not None
+
+
+def test_the_budget_is_kept_and_used():
+    for budget in (2500, 5000, 20000, 10**6):
+        memory = make(rows=8, memory_bytes=budget)
+        held = sum(SPEC[name].bytes(100) for name in ("length", "sum")) * memory.rows  # the copy in use
+        assert memory.bytes + held <= budget
+        assert memory.rows == 8 or budget <= 5000
+    assert make(rows=8, memory_bytes=10**6).bytes == make(rows=8).bytes
+    with pytest.raises(ValueError, match=r"^memory_bytes=100: a single row of this model needs \d+ bytes$"):
+        make(memory_bytes=100)
+    needed = 2 * (8 + 12) + 2 * 40 * 8 + 2 * 4 * 8 + 2 * 4 * 8
+    make(memory_bytes=needed * 2)
+
+
+@pytest.mark.parametrize("name", ["rows", "max_len"])
+def test_sizes_below_one_are_refused(name):
+    with pytest.raises(ValueError, match="must be at least 1"):
+        make(**{name: 0})
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["allocate", "grow", "free"]), st.integers(0, 7), st.integers(1, 60)), max_size=40
+    )
+)
+def test_no_page_has_two_owners_and_none_is_lost(actions):
+    memory = make(rows=3, max_len=60, memory_bytes=4000)
+    lengths: dict[int, int] = {}
+    for action, which, tokens in actions:
+        if action == "allocate":
+            row = memory.allocate(tokens)
+            if row is not None:
+                assert row not in lengths
+                lengths[row] = tokens
+        elif lengths:
+            row = sorted(lengths)[which % len(lengths)]
+            if action == "free":
+                memory.free(row)
+                del lengths[row]
+            elif memory.grow(row, tokens):
+                lengths[row] = max(lengths[row], tokens)
+        for name, every in (("k", 1), ("block", 4)):
+            tables = {row: memory.take((row,))[name].table_BN[0].tolist() for row in lengths}
+            used = [page for table in tables.values() for page in table if page]
+            assert len(used) == len(set(used))
+            for row, length in lengths.items():
+                assert sum(page > 0 for page in tables[row]) * 4 * every >= length
+            assert len(used) + len(memory._free_pages[every]) == memory.pages[every] - 1
+        assert memory.free_rows == memory.rows - len(lengths)
