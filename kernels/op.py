@@ -18,9 +18,15 @@ if FORM not in FORMS:
     raise ValueError(f"EDIFICE_KERNELS={FORM!r}: set it to reference or chunked, or leave it unset")
 
 
-def choose(reference: Callable, op: Callable) -> Callable:
-    """What the public function of an op calls: the op, unless EDIFICE_KERNELS asks for the definition."""
-    return reference if FORM == "reference" else op
+def choose(reference: Callable, form: Callable, op: Callable) -> Callable:
+    """What the public function calls: the op, unless EDIFICE_KERNELS asks for the definition.
+
+    Where nothing records and nothing is traced, as in a decode step, the form itself: an op's dispatch costs more there
+    than a small tensor's arithmetic.
+    """
+    if FORM == "reference":
+        return reference
+    return op if torch.is_grad_enabled() or torch.compiler.is_compiling() else form
 
 
 def register(

@@ -5,6 +5,7 @@ layer. `pattern` and `ffn` are tiled over the depth: `pattern="3*gated_deltanet 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -169,11 +170,14 @@ class Decoder(Model):
                 )
         return Span(positions_BT, ids_BT, local_BT, length_B, keep)
 
+    @cached_property
+    def _growing(self) -> list[tuple[str, TensorSpec]]:
+        """The state that holds every token of a document."""
+        return [(name, spec) for name, spec in self.state_spec(1).items() if spec.every and not spec.window]
+
     def _check_room(self, state: State, tokens: int) -> None:
         """Refuse to write past the end of a cache, which would silently overwrite its beginning."""
-        for name, spec in self.state_spec(1).items():
-            if not spec.every or spec.window:
-                continue
+        for name, spec in self._growing:
             value = state[name]
             room = (value.capacity if isinstance(value, Pages) else value.shape[1]) * spec.every
             if tokens > room:

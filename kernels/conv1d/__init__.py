@@ -60,5 +60,5 @@ def conv1d(
     check.keep("conv1d", keep, tokens)
     if activation not in (None, "silu"):
         raise ValueError(f"conv1d: activation={activation!r} must be None or 'silu'")
-    run = op.choose(reference, _op)
+    run = op.choose(reference, chunked, _op)
     return run(x_BTD, weight_DW, bias_D, state_BWD, segments_BT, activation == "silu", keep)

@@ -70,5 +70,5 @@ def gated_delta(
     check.segments(name, segments_BT, rows, tokens)
     check.keep(name, keep, tokens)
     scale = size**-0.5 if scale is None else float(scale)
-    run = op.choose(reference, _op)
+    run = op.choose(reference, chunked, _op)
     return run(q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, state_BHKV, segments_BT, scale, keep)

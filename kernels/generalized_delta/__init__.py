@@ -69,5 +69,5 @@ def generalized_delta(
         check.shape(name, "state_BHKV", state_BHKV, want, f"(B, H, K, V) = {want}")
     check.segments(name, segments_BT, rows, tokens)
     check.keep(name, keep, tokens)
-    run = op.choose(reference, _op)
+    run = op.choose(reference, chunked, _op)
     return run(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, a_BTHK, b_BTHK, state_BHKV, segments_BT, float(scale), keep)

@@ -65,5 +65,5 @@ def linear_attention(
         check.shape(name, "state_BHKV", state_BHKV, want, f"(B, H, K, V) = {want}")
     check.segments(name, segments_BT, rows, tokens)
     check.keep(name, keep, tokens)
-    run = op.choose(reference, _op)
+    run = op.choose(reference, chunked, _op)
     return run(q_BTHK, k_BTHK, v_BTHV, decay_BTH, state_BHKV, segments_BT, float(scale), keep)

@@ -30,4 +30,4 @@ def linear_cross_entropy(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor) -> 
     check.floating(name, "weight_CD", weight_CD)
     if targets_N.dtype != torch.int64:
         raise TypeError(f"{name}: targets_N must be int64, got {targets_N.dtype}")
-    return op.choose(reference, _op)(x_ND, weight_CD, targets_N)
+    return op.choose(reference, chunked, _op)(x_ND, weight_CD, targets_N)

@@ -29,4 +29,4 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> T
         check.floating("rms_norm", "weight", weight)
     if eps < 0:
         raise ValueError(f"rms_norm: eps={eps} must be at least 0")
-    return op.choose(reference, _op)(x, weight, float(eps))
+    return op.choose(reference, chunked, _op)(x, weight, float(eps))

@@ -137,11 +137,15 @@ def test_inputs_computed_from_each_other(name):
 
 
 def test_environment_chooses_the_definition():
-    code = "import kernels, kernels.op as op; print(op.choose('reference', 'op'))"
-    for value, want in (("reference", "reference"), ("chunked", "op"), ("", "op")):
+    choose = "op.choose('reference', 'form', 'op')"
+    code = f"import torch, kernels.op as op; print({choose}); torch.set_grad_enabled(False); print({choose})"
+    for value, want in (("reference", "reference reference"), ("chunked", "op form"), ("", "op form")):
         env = {**os.environ, "EDIFICE_KERNELS": value}
         assert (
-            subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip() == want
+            " ".join(
+                subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.split()
+            )
+            == want
         )
     env = {**os.environ, "EDIFICE_KERNELS": "fast"}
     assert (
