@@ -4,7 +4,7 @@ It alone knows documents: it turns segment ids and carried lengths into a `Span`
 layer. `pattern` and `ffn` are tiled over the depth: `pattern="3*gated_deltanet gqa"` with 8 layers is two such groups.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,7 +16,7 @@ from models.layers.norm import RMSNorm
 from models.model import Batch, Model
 from models.span import Span, localize
 from models.state import Kept, Pages, State, TensorSpec, prefixed, scope
-from models.stateful import Place
+from models.stateful import Place, Stateful
 
 
 class Decoder(Model):
@@ -52,12 +52,16 @@ class Decoder(Model):
         for layer in range(config.layers):
             place = Place(config.dim, layer, config.layers, config.vocab)
             (mixer, mixer_config), (ffn, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
-            self.blocks.append(Block(mixer(mixer_config, place), ffn(ffn_config, place), config.dim, config.eps))
+            self.blocks.append(self.block(mixer(mixer_config, place), ffn(ffn_config, place), place))
         self.norm = RMSNorm(config.dim, config.eps)
         self.head = head(head_config, Place(config.dim, config.layers, config.layers, config.vocab))
         self._init_weights()
         if config.tied:
             self.head.weight = self.embedding.weight
+
+    def block(self, mixer: Stateful, ffn: Stateful, place: Place) -> Block:
+        """One layer; patterns with other residual branches replace it."""
+        return Block(mixer, ffn, self.config.dim, self.config.eps)
 
     @torch.no_grad()
     def _init_weights(self) -> None:
@@ -96,10 +100,15 @@ class Decoder(Model):
     # -- forward -------------------------------------------------------------------------------------------------
 
     def hidden(
-        self, ids_BT: Tensor, state: State | None = None, segments_BT: Tensor | None = None, keep: int = 0
+        self,
+        ids_BT: Tensor,
+        state: State | None = None,
+        segments_BT: Tensor | None = None,
+        keep: int = 0,
+        shared: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Span, State | None]:
         """Normed outputs of the last layer (B, T, D), the span they stand at, and the state after."""
-        at = self._span(ids_BT, state, segments_BT, keep)
+        at = replace(self._span(ids_BT, state, segments_BT, keep), shared=shared or {})
         x_BTD = self.embedding(ids_BT)
         after = None if state is None else self._count(at, state, segments_BT)
         for layer, block in enumerate(self.blocks):
@@ -122,6 +131,10 @@ class Decoder(Model):
     def forward(self, batch: Batch, phase: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
         """Mean next-token loss in nats over the targets (-100: none); `segments_BT` may be missing from the batch."""
         x_BTD, at, _ = self.hidden(batch["ids_BT"], None, batch.get("segments_BT"))
+        return self.mean_loss(x_BTD, at, batch)
+
+    def mean_loss(self, x_BTD: Tensor, at: Span, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of outputs `x_BTD` against the batch's targets, and what to log of it."""
         losses_BT, _ = self.head(x_BTD, at, targets_BT=batch["targets_BT"])
         loss = losses_BT.sum() / self.weight(batch).clamp(min=1)
         return loss, {"loss": loss.detach()}

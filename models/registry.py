@@ -4,6 +4,7 @@ A file `models/<folder>/<name>.py` registers the class whose name is the stem in
 `GatedDeltaNet`; capitals are free). The folder says its kind.
 """
 
+import dataclasses
 import importlib
 import inspect
 import re
@@ -122,15 +123,28 @@ def tiny_options(cls: type[nn.Module]) -> dict[str, Any]:
 
 
 def card(name: str) -> dict[str, Any]:
-    """What a file says of itself: name, kind, family, paper, idea (its docstring), parameters of tiny."""
-    cls = lookup(name)
+    """What is known of an architecture without training it.
+
+    name, kind, family; paper: arXiv id; idea: the file's docstring; parameters of the tiny model; options with their
+    defaults; state: each tensor of a tiny row of 1024 tokens; supports: what it is good for.
+    """
+    from models.decoder import Decoder
+
+    cls, model = lookup(name), build(name)
     text = inspect.getdoc(importlib.import_module(cls.__module__)) or ""
     paper = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", text)
+    sequence = isinstance(model, Decoder)
     return {
         "name": name,
         "kind": kind_of(name),
         "family": cls.family,
         "paper": paper.group(1) if paper else None,
         "idea": text,
-        "parameters": sum(parameter.numel() for parameter in build(name).parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "options": tuple(f"{field.name}={field.default!r}" for field in dataclasses.fields(cls.Config)),
+        "state": tuple(
+            f"{key} {'x'.join(map(str, spec.shape)) or 'scalar'}{f' every {spec.every}' if spec.every else ''}"
+            for key, spec in (model.state_spec(1024).items() if sequence else ())
+        ),
+        "supports": ("train", "serve", "rl") if sequence and model.causal else ("train", "predict"),
     }

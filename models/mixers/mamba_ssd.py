@@ -97,5 +97,5 @@ class MambaSSD(Stateful):
             keep=at.keep,
         )
         y_BTHV = y_BTHV + self.skip.float()[:, None] * x_BTHV
-        y_BTD = self.norm((y_BTHV.flatten(2) * F.silu(z_BTD.float()))).to(x_BTD.dtype)
+        y_BTD = self.norm(y_BTHV.flatten(2) * F.silu(z_BTD.float())).to(x_BTD.dtype)
         return self.wo(y_BTD), None if state is None else {"conv": tail, "matrix": matrix}

@@ -87,9 +87,7 @@ class RWKV7(Stateful):
         if not self.first:
             v_BTD = torch.lerp(v_BTD, first_BTD, (self.v0 + self._low_rank("v", mixed["v"])).sigmoid())
         v_BTHV = self._by_head(v_BTD)
-        decay_BTD = -(math.e**-0.5) * (
-            self.w0.float() + self._low_rank("w", mixed["w"], torch.tanh).float()
-        ).sigmoid()
+        decay_BTD = -(math.e**-0.5) * (self.w0.float() + self._low_rank("w", mixed["w"], torch.tanh).float()).sigmoid()
         a_BTHK = self._by_head((self.a0.float() + self._low_rank("a", mixed["a"]).float()).sigmoid())
         gate_BTD = self._low_rank("g", mixed["g"], torch.sigmoid)
         key_BTHK = F.normalize(k_BTHK * self._by_head(self.k_k.float()), dim=-1)

@@ -1,0 +1,82 @@
+"""Names, parts as text, and mistakes that get one clear line."""
+
+import subprocess
+import sys
+
+import pytest
+
+import models
+from models import registry
+from models.config import from_json, parse_part, parse_pattern, to_json, to_text
+from models.decoder import Decoder
+
+
+def test_names_are_file_stems():
+    assert {"gqa", "gated_deltanet"} <= set(models.names(kind="mixer"))
+    assert "gqa" in models.names(family="attention") and "swiglu" not in models.names(family="attention")
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_every_name_builds_and_has_a_card(name):
+    card = models.card(name)
+    assert card["parameters"] > 0 and card["family"] and len(card["idea"]) > 40
+    assert registry.name_of(registry.lookup(name)) == name
+
+
+def test_overrides_find_their_place():
+    decoder = models.build("gqa", heads=8, window=3, dim=32, layers=1, positions="yarn(factor=2)")
+    assert decoder.config.dim == 32
+    assert decoder.blocks[0].mixer.config.heads == 8 and decoder.blocks[0].mixer.config.window == 3
+
+
+def test_pattern_strings():
+    parts = parse_pattern("2*gated_deltanet(heads=2) gqa(window=4,positions=rope(theta=5e5,factor=2))", "mixer")
+    assert [registry.name_of(cls) for cls, _ in parts] == ["gated_deltanet", "gated_deltanet", "gqa"]
+    assert parts[2][1].window == 4
+    assert parse_part(parts[2][1].positions, "position")[1].theta == 5e5
+    for cls, config in parts:
+        assert parse_part(to_text(config), "mixer") == (cls, config)
+
+
+def test_config_round_trip():
+    config = Decoder.Config(pattern="3*gated_deltanet gqa", tied=True)
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        ({"pattern": "gpa"}, ["no architecture", "gpa", "gqa"]),
+        ({"pattern": "gqa(hats=3)"}, ["gqa", "hats", "heads"]),
+        ({"pattern": "gqa(heads=many)"}, ["heads", "many", "int"]),
+        ({"pattern": "gqa(mask=sideways)"}, ["mask", "sideways", "causal"]),
+        ({"pattern": "gqa(heads=3"}, ["bracket"]),
+        ({"pattern": "gqa(heads)"}, ["heads", "option=value"]),
+        ({"pattern": ""}, ["no mixer", "gqa"]),
+        ({"pattern": "swiglu"}, ["swiglu", "ffn", "mixer"]),
+        ({"pattern": "gqa(heads=3,kv_heads=1)"}, ["dim=64", "heads=3"]),
+        ({"layers": 0}, ["layers", "at least 1"]),
+        ({"dims": 3}, ["dims", "dim"]),
+    ],
+)
+def test_a_mistake_gets_one_clear_line(options, words):
+    with pytest.raises(ValueError) as error:
+        models.build("decoder", **options)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_a_mistake_in_a_name():
+    with pytest.raises(ValueError, match="did you mean gated_deltanet"):
+        models.build("gated_delta_net")
+
+
+def test_command():
+    listing = subprocess.run([sys.executable, "-m", "models", "--kind", "ffn"], capture_output=True, text=True)
+    assert listing.returncode == 0 and "swiglu" in listing.stdout and "gqa" not in listing.stdout
+    card = subprocess.run([sys.executable, "-m", "models", "gqa"], capture_output=True, text=True)
+    assert card.returncode == 0 and "2305.13245" in card.stdout and "window=0" in card.stdout
+    wrong = subprocess.run([sys.executable, "-m", "models", "gpa"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
