@@ -7,6 +7,7 @@ and child processes inherit it.
 """
 
 import os
+import socket
 from pathlib import Path
 
 
@@ -40,10 +41,18 @@ def connect(cpus: int = 0) -> bool:
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), log_to_driver=True, logging_level="ERROR")
         return False
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=True, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RuntimeError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({reason}); unset it to use this machine alone"
         ) from None
     return True
+
+
+def _knock(address: str) -> None:
+    """OSError when nothing listens at host:port; ray.init would try for minutes. Other forms of address are ray's."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdigit() and "/" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

@@ -65,10 +65,13 @@ class Decoder(Model):
 
     @torch.no_grad()
     def _init_weights(self) -> None:
-        """Linear: N(0, 1/fan_in), divided by the number of residual branches where it writes to the stream (`wo`)."""
+        """Linear: N(0, 1/fan_in), over the number of residual branches where it writes to the stream (`wo`).
+
+        A weight that a part has set to zero stays so.
+        """
         nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.weight.any():
                 std = module.in_features**-0.5
                 nn.init.normal_(
                     module.weight, std=std / (2 * self.config.layers) ** 0.5 if name.endswith("wo") else std

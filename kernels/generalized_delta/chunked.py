@@ -3,11 +3,13 @@
 With g the sum of decays since the chunk's start (per key channel) and S the state there, what a asks the memory before
 token t, u_t, solves
 
-    u_t - sum_{i<t} (a_t . e^(g_{t-1} - g_i) b_i) u_i = S^T (e^(g_{t-1}) a_t) + sum_{i<t} (a_t . e^(g_{t-1} - g_i) k_i) v_i
+    u_t = S^T (e^(g_{t-1}) a_t) + sum_{i<t} (a_t . e^(g_{t-1} - g_i) k_i) v_i + (a_t . e^(g_{t-1} - g_i) b_i) u_i
 
 and the output is y_t = S^T (e^(g_t) q_t) + sum_{i<=t} (q_t . e^(g_t - g_i) k_i) v_i + (q_t . e^(g_t - g_i) b_i) u_i.
-Decays differ by channel, so each pair of tokens has its own factors: chunks are short. Only differences of g on or
-below the diagonal are exponentiated, so nothing overflows. A document's start and padding are masks on those factors.
+Decays differ by channel and e^(-g_i) alone may overflow, so products of pairs of tokens are made in levels: two
+neighbouring runs of 1, 2, 4 ... tokens meet at their border, decayed from i to the border and from the border to t.
+Each level is one batch of matrix products, and decays are only ever multiplied, so nothing overflows or cancels.
+A document's start and padding are masks on the results.
 """
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from kernels import segments
 from kernels.chunks import FLOOR, STEPS, documents, split
 
-CHUNK = 16  # tokens of a chunk, at most
+CHUNK = 32  # tokens of a chunk, at most; a power of 2
 
 
 def chunked(
@@ -69,33 +71,57 @@ def chunked(
 def _chunks(q, k, v, decay, a, b, state, number_BT) -> tuple[Tensor, Tensor]:
     """At least one token, by chunks; all in one dtype, padding with decay, k and b 0, q scaled."""
     tokens = q.shape[1]
-    size = min(CHUNK, tokens)
+    # More tokens than key dimensions make an ill-conditioned system where little decays, and gain nothing.
+    size = min(CHUNK, _power(tokens), max(16, _power(q.shape[-1])))
     q, k, v, decay, a, b = (split(x, size) for x in (q, k, v, decay, a, b))  # (B, H, n, C, ...)
-    g = decay.double().cumsum(-2)  # differences of long sums: the double keeps small ones exact
-    lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    between = (g[..., :, None, :] - g[..., None, :, :]).to(q.dtype).masked_fill(~lower[..., None], -torch.inf).exp()
-    # Of each t and i <= t: what the queries of token t and the a of token t + 1 find of k_i and b_i.
-    ask = torch.stack([q, torch.cat([a[..., 1:, :], torch.zeros_like(a[..., :1, :])], -2)], -1)  # (..., t, K, 2)
-    of_k, of_b = (between * k[..., None, :, :]) @ ask, (between * b[..., None, :, :]) @ ask  # (..., t, i, 2)
-    q_k, q_b = of_k[..., 0], of_b[..., 0]
-    a_k, a_b = (torch.cat([torch.zeros_like(x[..., :1, :, 1]), x[..., :-1, :, 1]], -2) for x in (of_k, of_b))
-    q_since, a_since = q * g.exp().to(q.dtype), a * (g - decay).exp().to(q.dtype)
-    until, across = (g[..., -1:, :] - g).exp().to(q.dtype), g[..., -1, :].exp().to(q.dtype)
+    (q_k, q_b, a_k, a_b), (q_since, a_since), (k_until, b_until), across = _pairs(q, k, a, b, decay.exp())
     if number_BT is not None:
         same, past, future = documents(number_BT, size)
         q_k, q_b, a_k, a_b = (x * same for x in (q_k, q_b, a_k, a_b))
-        q_since, a_since = q_since * past[..., None], a_since * past[..., None]
-        until, across = until * future[..., None], across * past[..., -1:]
+        q_since, a_since, across = (x * past[..., -x.shape[-2] :, None] for x in (q_since, a_since, across))
+        k_until, b_until = (x * future[..., None] for x in (k_until, b_until))
     right = torch.cat([a_k @ v, a_since], -1)
     solved = torch.linalg.solve_triangular(-a_b, right, upper=False, unitriangular=True)
     found, asks = solved.split([v.shape[-1], k.shape[-1]], -1)  # u = found + asks S
-    k_until, b_until = ((x * until).transpose(-1, -2) for x in (k, b))
-    writes = k_until @ v
+    across, b_until = across.transpose(-1, -2), b_until.transpose(-1, -2)
+    writes = k_until.transpose(-1, -2) @ v
     starts, us = [], []
     for n in range(q.shape[2]):
         starts.append(state)
         u = found[:, :, n] + asks[:, :, n] @ state
         us.append(u)
-        state = across[:, :, n, :, None] * state + writes[:, :, n] + b_until[:, :, n] @ u
+        state = across[:, :, n] * state + writes[:, :, n] + b_until[:, :, n] @ u
     y = q_since @ torch.stack(starts, 2) + q_k @ v + q_b @ torch.stack(us, 2)
     return y.permute(0, 2, 3, 1, 4).flatten(1, 2)[:, :tokens], state
+
+
+def _pairs(q, k, a, b, gate) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """Every product of two tokens of a chunk of C, a power of 2.
+
+    q_k, q_b (B, H, n, C, C): of t and i <= t, what q_t finds of k_i and b_i; a_k, a_b: of t and i < t, what a_t does.
+    Then q and a decayed from the chunk's start, k and b decayed to its end (B, H, n, C, K), and the whole chunk's
+    decay (B, H, n, 1, K).
+    """
+    own = torch.stack([(q * k).sum(-1), (q * b).sum(-1)], -1)
+    pairs = torch.stack([own, torch.zeros_like(own)], -2)[..., None, None]  # (B, H, n, runs, q a, k b, t, i)
+    since = torch.stack([q * gate, a], -2)[..., None, :]  # (B, H, n, runs, q a, t, K), from the run's start
+    until = torch.stack([k, b], -2)[..., None, :]  # (B, H, n, runs, k b, i, K), to the run's end
+    across = gate[..., None, None, :]  # (B, H, n, runs, 1, 1, K), of the whole run
+    while since.shape[3] > 1:
+        (since1, since2), (until1, until2), (across1, across2), (first, second) = (
+            x.unflatten(3, (-1, 2)).unbind(4) for x in (since, until, across, pairs)
+        )
+        run = since.shape[-2]
+        met = since2.flatten(-3, -2) @ until1.flatten(-3, -2).transpose(-1, -2)
+        met = met.unflatten(-2, (2, run)).unflatten(-1, (2, run)).transpose(-3, -2)
+        pairs = torch.cat([torch.cat([first, torch.zeros_like(first)], -1), torch.cat([met, second], -1)], -2)
+        since = torch.cat([since1, since2 * across1], -2)
+        until = torch.cat([until1 * across2, until2], -2)
+        across = across1 * across2
+    pairs, since, until = pairs[:, :, :, 0], since[:, :, :, 0], until[:, :, :, 0]
+    return pairs.flatten(3, 4).unbind(3), since.unbind(3), until.unbind(3), across[:, :, :, 0, 0]
+
+
+def _power(n: int) -> int:
+    """The least power of 2 that is at least n."""
+    return 1 << (n - 1).bit_length()

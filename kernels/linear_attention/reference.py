@@ -1,6 +1,6 @@
 """Linear attention, the definition: a matrix memory that decays and sums outer products.
 
-    S = exp(decay) S + k v^T;  y = scale S^T q
+S = exp(decay) S + k v^T;  y = scale S^T q
 """
 
 import torch

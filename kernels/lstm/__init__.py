@@ -58,5 +58,7 @@ def lstm(
             check.shape("lstm", label, state, (rows, size), f"(B={rows}, H={size})")
     check.segments("lstm", segments_BT, rows, tokens)
     check.keep("lstm", keep, tokens)
-    y_BTH, hidden, cell = op.choose(reference, chunked, _op)(x_BT4H, weight_4HH, hidden_BH, cell_BH, segments_BT, keep)[:3]
+    y_BTH, hidden, cell = op.choose(reference, chunked, _op)(x_BT4H, weight_4HH, hidden_BH, cell_BH, segments_BT, keep)[
+        :3
+    ]
     return y_BTH, hidden, cell

@@ -51,7 +51,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     """Back through time. Padding passes gradients by, a document's start stops them."""
     x_BT4H, weight_4HH, hidden_BH, cell_BH, segments_BT, keep = args
     gates, hiddens, cells = outputs
-    tokens, rows, size = gates.shape[0], gates.shape[1], weight_4HH.shape[1]
+    tokens, size = gates.shape[0], weight_4HH.shape[1]
     weight = weight_4HH.to(gates.dtype)
     real, begins = _marks(segments_BT)
     before, cells_before = hiddens[:-1], cells[:-1]
@@ -66,8 +66,9 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
         of_ifg, of_o, of_cell = of_ifg * real[..., None], of_o * real, of_cell * real
         forget, passed = torch.where(real, f, 1), torch.where(real, 0, 1).to(gates.dtype)
         forget = torch.where(begins, 0, forget)
-    dy, dhidden, dcell = (grad.to(gates.dtype).transpose(0, 1) if grad.dim() == 3 else grad.to(gates.dtype)[None]
-                          for grad in grads)  # by time; of states only the last keep + 1
+    dy, dhidden, dcell = (
+        grad.to(gates.dtype).transpose(0, 1) if grad.dim() == 3 else grad.to(gates.dtype)[None] for grad in grads
+    )  # by time; of states only the last keep + 1
     dy = dy if real is None else dy * real
     dz = torch.empty_like(gates).unflatten(2, (4, size))
     dh, dc = dhidden[keep], dcell[keep]

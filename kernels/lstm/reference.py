@@ -1,6 +1,6 @@
 """The LSTM over a sequence, the definition; gates in torch's order.
 
-    i, f, g, o = x_t + W h_{t-1};  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g);  h_t = sigmoid(o) tanh(c_t)
+i, f, g, o = x_t + W h_{t-1};  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g);  h_t = sigmoid(o) tanh(c_t)
 """
 
 import torch

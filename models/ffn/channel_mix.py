@@ -8,7 +8,6 @@ arXiv 2503.14456. W_o starts at zero, mu by channel and depth, as there.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.layers.shift import previous
@@ -33,12 +32,13 @@ class ChannelMix(Stateful):
         depth = 1 - place.layer / place.layers
         self.mix = nn.Parameter(1 - (torch.arange(place.dim) / place.dim) ** depth**4)
         self.wi = nn.Linear(place.dim, hidden, bias=False)
-        self.wo = nn.Parameter(torch.zeros(place.dim, hidden))  # no nn.Linear: those are drawn anew by the decoder
+        self.wo = nn.Linear(hidden, place.dim, bias=False)
+        nn.init.zeros_(self.wo.weight)
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
-        return {"shift": TensorSpec((self.wo.shape[0],), self.wo.dtype)}
+        return {"shift": TensorSpec((self.wo.out_features,), self.wo.weight.dtype)}
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         before_BTD, tail = previous(x_BTD, at, None if state is None else state["shift"])
         hidden_BTF = self.wi(torch.lerp(x_BTD, before_BTD, self.mix)).relu().square()
-        return F.linear(hidden_BTF, self.wo), None if state is None else {"shift": tail}
+        return self.wo(hidden_BTF), None if state is None else {"shift": tail}

@@ -7,6 +7,7 @@ arXiv 2412.06464. q, k, v pass a short causal convolution with SiLU; q and k are
 heads are allowed, as in Qwen3-Next: key head i serves the value heads of its group.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ class GatedDeltaNet(Stateful):
         self.wi = nn.Linear(place.dim, sum(self.widths), bias=False)
         self.conv = nn.Parameter(torch.empty(self.widths[0], config.conv).uniform_(-1, 1) * config.conv**-0.5)
         self.log_decay = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
-        step = torch.empty(config.heads).uniform_(torch.tensor(1e-3).log(), torch.tensor(1e-1).log()).exp()
+        step = torch.empty(config.heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.step_bias = nn.Parameter(step.expm1().log())  # softplus^-1, so that decay starts slow
         self.norm = RMSNorm(self.value_dim, 1e-6)
         self.wo = nn.Linear(values, place.dim, bias=False)

@@ -67,12 +67,13 @@ class RWKV7(Stateful):
         self.r_k = nn.Parameter(torch.full((heads, self.head_dim), -0.04))
         self.wr, self.wk, self.wv = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
-        self.wo = nn.Parameter(torch.zeros(dim, dim))  # no nn.Linear: those are drawn anew by the decoder
+        self.wo = nn.Linear(dim, dim, bias=False)
+        nn.init.zeros_(self.wo.weight)
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
         size = self.head_dim
         return {
-            "shift": TensorSpec((self.heads * size,), self.wo.dtype),
+            "shift": TensorSpec((self.heads * size,), self.wo.weight.dtype),
             "matrix": TensorSpec((self.heads, size, size), torch.float32),
         }
 
@@ -106,7 +107,7 @@ class RWKV7(Stateful):
         y_BTHV = F.layer_norm(y_BTHV, y_BTHV.shape[-1:], eps=EPS)
         y_BTHV = y_BTHV * self._by_head(self.norm_weight.float()) + self._by_head(self.norm_bias.float())
         y_BTHV = y_BTHV + (r_BTHK * k_BTHK * self.r_k.float()).sum(-1, keepdim=True) * v_BTHV
-        y_BTD = F.linear(y_BTHV.flatten(2).to(x_BTD.dtype) * gate_BTD, self.wo)
+        y_BTD = self.wo(y_BTHV.flatten(2).to(x_BTD.dtype) * gate_BTD)
         return y_BTD, None if state is None else {"shift": tail, "matrix": matrix}
 
     def _by_head(self, x: Tensor) -> Tensor:

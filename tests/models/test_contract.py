@@ -20,9 +20,13 @@ MEMORIES = {"contiguous": Decoder.init_state, "paged": partial(contract.paged, s
 def build(subject):
     torch.manual_seed(0)
     if subject in models.names():
-        return models.build(subject).eval()
-    layers = 4 if "*" in subject else 2
-    return models.build("decoder", pattern=subject, layers=layers).eval()
+        decoder = models.build(subject)
+    else:
+        decoder = models.build("decoder", pattern=subject, layers=4 if "*" in subject else 2)
+    for parameter in decoder.parameters():
+        if not parameter.any():  # what starts at zero would hide what it multiplies
+            torch.nn.init.normal_(parameter, std=0.1)
+    return decoder.eval()
 
 
 @pytest.fixture

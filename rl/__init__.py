@@ -1,0 +1,1 @@
+"""Reinforcement learning with any of the registered backbones, on RLlib's new API stack."""

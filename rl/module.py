@@ -1,0 +1,172 @@
+"""One policy for RLlib over any registered mixer and ffn: its state comes from `state_spec`, no architecture by name.
+
+Observations are embedded, pass a stack of `models.block.Block`, and two heads read the policy and the value. The same
+`forward` samples (T = 1) and trains (fragments of `max_seq_len` steps that begin at a stored state), so both compute
+the same logits. An episode has no end that is known in advance, so growing state is bounded by `context`: mixers with a
+`window` see the last `context` steps; what grows and has no window begins afresh every `context` steps.
+"""
+
+import dataclasses
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from torch import Tensor, nn
+
+from models.block import Block
+from models.config import parse_pattern
+from models.layers.norm import RMSNorm
+from models.span import Span
+from models.state import State, TensorSpec, prefixed, scope
+from models.stateful import Place
+
+EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What `model_config` holds.
+
+    pattern, ffn: parts tiled over `layers`, as in a decoder. context: steps that growing state reaches back.
+    max_seq_len:  steps of a training fragment, through which gradients flow; the name is RLlib's.
+    """
+
+    pattern: str = "gated_deltanet"
+    ffn: str = "swiglu"
+    dim: int = 64
+    layers: int = 1
+    context: int = 64
+    max_seq_len: int = 32
+
+    def __post_init__(self) -> None:
+        for field in ("dim", "layers", "context", "max_seq_len"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: must be at least 1")
+
+
+class Policy(TorchRLModule, ValueFunctionAPI):
+    """model_config: the fields of `Config` as a dict. Observations are Box or Discrete, actions anything RLlib knows."""
+
+    def setup(self) -> None:
+        given = {name: value for name, value in self.model_config.items() if name != "vf_share_layers"}  # PPO adds it
+        config = self.settings = make_config(given)
+        self.encoder, vocab = _encoder(self.observation_space, config.dim)
+        self.blocks = nn.ModuleList(_blocks(config, vocab))
+        self.norm = RMSNorm(config.dim, EPS)
+        outputs = self.get_inference_action_dist_cls().required_input_dim(self.action_space)
+        self.policy, self.value = nn.Linear(config.dim, outputs), nn.Linear(config.dim, 1)
+        self._init_weights()
+        self._spec = {"length": TensorSpec((), torch.int64)}
+        for layer, block in enumerate(self.blocks):
+            self._spec |= prefixed(str(layer), block.state_spec(config.context))
+        self._restarts = any(spec.every and not spec.window for spec in self._spec.values())
+        self._initial = {name: spec.empty(1, config.context)[0].numpy() for name, spec in self._spec.items()}
+
+    @torch.no_grad()
+    def _init_weights(self) -> None:
+        """As a decoder's: N(0, 1/fan_in), smaller where it writes to the stream; an almost uniform first policy."""
+        for name, module in self.blocks.named_modules():
+            if isinstance(module, nn.Linear):
+                depth = 2 * len(self.blocks) if name.endswith("wo") else 1
+                nn.init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.orthogonal_(self.policy.weight, 0.01)
+        nn.init.orthogonal_(self.value.weight, 1.0)
+        nn.init.zeros_(self.policy.bias)
+        nn.init.zeros_(self.value.bias)
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def is_stateful(self) -> bool:
+        return True
+
+    def get_initial_state(self) -> dict[str, np.ndarray]:
+        """State of one row before its first step: name -> array without a row dimension. Do not write into it."""
+        return self._initial
+
+    def init_state(self, rows: int) -> State:
+        """The same for `rows` rows, as tensors."""
+        return {name: spec.empty(rows, self.settings.context) for name, spec in self._spec.items()}
+
+    def step(self, obs_BT: Tensor, state: State) -> tuple[Tensor, State]:
+        """Features (B, T, D) and the state after. obs: (B, T, *shape) floats, or (B, T) int64 when Discrete.
+
+        Padding comes last in a row, where a causal stack lets it disturb nothing, so it needs no mask. A mask would even
+        be wrong: RLlib's LOSS_MASK also leaves out the step whose value GAE bootstraps from.
+        """
+        at = self._span(obs_BT, state["length"])
+        x_BTD = self.encoder(obs_BT if at.ids_BT is not None else obs_BT.flatten(2).float())
+        after = {"length": at.positions_BT[:, -1] + 1}
+        for layer, block in enumerate(self.blocks):
+            x_BTD, block_state = block(x_BTD, at, scope(state, str(layer)))
+            after |= prefixed(str(layer), block_state)
+        return self.norm(x_BTD), after
+
+    def _span(self, obs_BT: Tensor, length_B: Tensor) -> Span:
+        ids_BT = obs_BT if isinstance(self.encoder, nn.Embedding) else None
+        positions_BT = length_B[:, None] + torch.arange(obs_BT.shape[1], device=obs_BT.device)
+        if not self._restarts:
+            return Span(positions_BT, ids_BT, None, length_B)
+        context = self.settings.context
+        return Span(positions_BT % context, ids_BT, positions_BT // context, length_B)
+
+    # -- what RLlib calls ----------------------------------------------------------------------------------------
+
+    def _forward(self, batch: dict[str, Any], **kwargs) -> dict[str, Any]:
+        x_BTD, state = self.step(batch[Columns.OBS], batch[Columns.STATE_IN])
+        return {Columns.ACTION_DIST_INPUTS: self.policy(x_BTD), Columns.STATE_OUT: state}
+
+    def _forward_train(self, batch: dict[str, Any], **kwargs) -> dict[str, Any]:
+        x_BTD, _ = self.step(batch[Columns.OBS], batch[Columns.STATE_IN])
+        return {Columns.ACTION_DIST_INPUTS: self.policy(x_BTD), Columns.EMBEDDINGS: x_BTD}
+
+    def compute_values(self, batch: dict[str, Any], embeddings: Tensor | None = None) -> Tensor:
+        """Values (B, T). embeddings: those of `_forward_train`, which are computed anew when missing."""
+        if embeddings is None:
+            embeddings, _ = self.step(batch[Columns.OBS], batch[Columns.STATE_IN])
+        return self.value(embeddings).squeeze(-1)
+
+    def forward_exploration(self, batch: dict[str, Any], **kwargs) -> dict[str, Any]:
+        if self.training:  # walking all submodules to set a flag that is set costs as much as a layer
+            self.eval()
+        with torch.inference_mode():
+            return self._forward(batch)
+
+    forward_inference = forward_exploration
+
+
+def make_config(options: dict[str, Any]) -> Config:
+    """`Config(**options)`; ValueError lists the known options for an unknown one."""
+    known = [field.name for field in dataclasses.fields(Config)]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"model_config has no option {name!r}; its options: {', '.join(known)}")
+    return Config(**options)
+
+
+def _encoder(space: gym.Space, dim: int) -> tuple[nn.Module, int]:
+    """From observations to the width of the stack, and the number of token classes (0: observations are no tokens)."""
+    if isinstance(space, gym.spaces.Discrete):
+        return nn.Embedding(int(space.n), dim), int(space.n)
+    if isinstance(space, gym.spaces.Box):
+        return nn.Sequential(nn.Linear(int(np.prod(space.shape)), dim), nn.Tanh(), nn.Linear(dim, dim)), 0
+    raise ValueError(f"observation space {space}: must be Box or Discrete; add RLlib's FlattenObservations connector")
+
+
+def _blocks(config: Config, vocab: int) -> list[Block]:
+    mixers, ffns = parse_pattern(config.pattern, "mixer"), parse_pattern(config.ffn, "ffn")
+    blocks = []
+    for layer in range(config.layers):
+        place = Place(config.dim, layer, config.layers, vocab)
+        (mixer, mixer_config), (ffn, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
+        if "window" in vars(mixer_config) and not mixer_config.window:
+            mixer_config = dataclasses.replace(mixer_config, window=config.context)
+        blocks.append(Block(mixer(mixer_config, place), ffn(ffn_config, place), config.dim, EPS))
+        if not blocks[-1].mixer.causal:
+            raise ValueError(f"pattern {config.pattern!r}: a policy needs causal mixers, one of these sees the future")
+    return blocks
