@@ -19,7 +19,7 @@ demo: .venv/ready  ## pretrain a small hybrid with `ray job submit`, serve it, p
 	PATH=$(CURDIR)/$(BIN):$$PATH bash infra/demo.sh
 
 test: .venv/ready  ## every test that CI runs
-	$(BIN)/python -m pytest -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: .venv/ready  ## larger shapes and longer runs
 	$(BIN)/python -m pytest -m slow

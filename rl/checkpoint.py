@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE
 from ray.rllib.core.learner.learner import Learner
-from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 from torch import Tensor
 
 from cluster import folder, storage
@@ -73,10 +74,11 @@ def load(uri: str, run: Run | None = None) -> Algorithm:
     algo.learner_group.set_state({COMPONENT_LEARNER: state["learner"]})
     _on_learner(algo, partial(_resume, kl=state["kl"], steps=steps(algo)))
     share = steps(algo) // max(1, algo.env_runner_group.num_remote_env_runners())
-    runner = {**state["runner"], NUM_ENV_STEPS_SAMPLED_LIFETIME: share}
-    # Waits for each runner, and so for the calls that building the algorithm has left in flight.
-    algo.env_runner_group.foreach_env_runner(lambda one: one.set_state(runner))
-    algo.env_runner_group.sync_weights(from_worker_or_learner_group=algo.learner_group, inference_only=True)
+    weights = algo.learner_group.get_state(COMPONENT_LEARNER + "/" + COMPONENT_RL_MODULE, inference_only=True)
+    whole = {**state["runner"], **weights[COMPONENT_LEARNER], NUM_ENV_STEPS_SAMPLED_LIFETIME: share}
+    place = ray.put(whole)
+    # A call that is waited for is never dropped, and comes after those that building the algorithm has left in flight.
+    algo.env_runner_group.foreach_env_runner(lambda runner: runner.set_state(ray.get(place)))
     check_weights(algo)
     return algo
 

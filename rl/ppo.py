@@ -21,6 +21,7 @@ from jobs.cli import fail
 
 session.environment()  # before anything imports ray
 
+import torch  # noqa: E402
 from ray.rllib.algorithms.algorithm import Algorithm  # noqa: E402
 
 from rl import checkpoint, envs  # noqa: E402
@@ -29,11 +30,16 @@ from rl.config import Run, configure, to_json  # noqa: E402
 
 @dataclasses.dataclass(frozen=True)
 class Command(Run):
-    """name: of the stored run, none: nothing is stored. every: iterations between checkpoints. compare: see above."""
+    """A run and what is done with it.
+
+    name:    of the stored run; none: nothing is stored. every: iterations between checkpoints.
+    compare: train RLlib's default module beside it. threads: of the learner, 0: torch decides; small models want 1.
+    """
 
     name: str = ""
     every: int = 10
     compare: bool = False
+    threads: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +143,14 @@ def parse(arguments: list[str]) -> Command:
         if not end.code:
             raise  # --help was printed
     body = re.split("For full helptext|Argument helptext", said.getvalue())[0].partition("\n")[2]
-    fail(f"{re.sub('[\u2500-\u257f]', ' ', body)} (see python -m rl.ppo --help)")
+    fail(re.sub("[\u2500-\u257f]", " ", body) + " (see python -m rl.ppo --help)")
 
 
 def main(arguments: list[str]) -> None:
     command = parse(arguments)
     logging.getLogger("ray").setLevel(logging.ERROR)
+    if command.threads:
+        torch.set_num_threads(command.threads)
     try:
         session.connect(cpus=command.runners * (2 if command.compare else 1) + 1)
         seen = train(command)
