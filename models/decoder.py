@@ -14,6 +14,7 @@ from models.block import Block
 from models.config import parse_part, parse_pattern
 from models.layers.norm import RMSNorm
 from models.model import Batch, Model
+from models.recompute import recomputed
 from models.span import Span, localize
 from models.state import Kept, Pages, State, TensorSpec, prefixed, scope
 from models.stateful import Place, Stateful
@@ -21,6 +22,7 @@ from models.stateful import Place, Stateful
 
 class Decoder(Model):
     family = "transformer"
+    recompute = False  # set by a training job: blocks keep their inputs alone (activation checkpointing)
 
     @dataclass(frozen=True)
     class Config:
@@ -115,6 +117,9 @@ class Decoder(Model):
         x_BTD = self.embedding(ids_BT)
         after = None if state is None else self._count(at, state, segments_BT)
         for layer, block in enumerate(self.blocks):
+            if self.recompute and after is None and torch.is_grad_enabled():
+                x_BTD = recomputed(block, x_BTD, at)
+                continue
             x_BTD, block_state = block(x_BTD, at, scope(state, str(layer)))
             if after is not None:
                 after |= prefixed(str(layer), block_state)

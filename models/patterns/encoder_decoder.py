@@ -96,9 +96,9 @@ class EncoderDecoder(Decoder):
         return self.mean_loss(x_BTD, at, batch)
 
     def example(self, n: int, seed: int = 0) -> Batch:
-        """The target is the source backwards, so it can only be known by reading the source."""
+        """The target is the source backwards, eight kinds of token that only reading the source can tell apart."""
         generator = torch.Generator().manual_seed(seed)
-        source_BS = torch.randint(1, self.config.vocab, (n, 12), generator=generator)
+        source_BS = torch.randint(1, min(9, self.config.vocab), (n, 12), generator=generator)
         count_B = torch.randint(4, 13, (n,), generator=generator)
         columns_S = torch.arange(12)
         backwards_BS = source_BS.gather(1, (count_B[:, None] - 1 - columns_S).clamp(min=0))

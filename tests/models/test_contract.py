@@ -13,7 +13,11 @@ from models.decoder import Decoder
 from models.mixers.gated_deltanet import GatedDeltaNet
 
 # Parts as they come, and the options that change what is remembered.
-SUBJECTS = [name for name, _ in contract.parts()] + ["gqa(window=6)", "3*gated_deltanet gqa(window=7,qk_norm=True)"]
+SUBJECTS = (
+    [name for name, _ in contract.parts()]
+    + models.names(kind="pattern")
+    + ["gqa(window=6)", "3*gated_deltanet gqa(window=7,qk_norm=True)"]
+)
 MEMORIES = {"contiguous": Decoder.init_state, "paged": partial(contract.paged, size=4)}
 
 

@@ -61,5 +61,5 @@ def test_it_learns_to_read_backwards():
         total.backward()
         optimizer.step()
         losses.append(total.item())
-    # Without the source nothing better than the uniform ln 63 = 4.1 is possible.
-    assert sum(losses[-10:]) / 10 < 3.6, losses[-10:]
+    # Without the source nothing better than the uniform ln 8 = 2.08 is possible.
+    assert sum(losses[-10:]) / 10 < 1.6, losses[-10:]

@@ -4,12 +4,16 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM, MistralConfig
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, DeepseekV3RotaryEmbedding
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRotaryEmbedding
 from transformers.models.qwen3_next.configuration_qwen3_next import Qwen3NextConfig
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
 from models.decoder import Decoder
 from models.mixers.gated_deltanet import GatedDeltaNet
+from models.mixers.mla import MLA
+from models.mixers.sliding_window import SlidingWindow
 from models.span import Span
 from models.stateful import Place
 
@@ -147,3 +151,82 @@ def test_gated_deltanet_is_qwen3_next(pick):
         off = (reference - truth).abs().max() / truth.abs().max()
         assert off < 1e-4
         close(mine, truth, max(1e-5, 2 * off.item()))
+
+
+def test_mla_is_deepseek_v3(pick):
+    heads, latent, nope, rope, value = pick.choice([1, 3]), pick.choice([8, 24]), pick.choice([8, 12]), 8, 10
+    query_latent, dim, length = pick.choice([0, 16]), 40, pick.choice([5, 33])
+    config = DeepseekV3Config(
+        hidden_size=dim,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        q_lora_rank=query_latent or None,
+        kv_lora_rank=latent,
+        qk_nope_head_dim=nope,
+        qk_rope_head_dim=rope,
+        v_head_dim=value,
+        attn_implementation="eager",
+    )
+    theirs = DeepseekV3Attention(config, 0)
+    ours = MLA(MLA.Config(heads, latent, query_latent, nope, rope, value), Place(dim))
+    halves = torch.cat([torch.arange(0, rope, 2), torch.arange(1, rope, 2)])  # their pairs are neighbours, ours halves
+
+    def permuted(weight, width):
+        by_head = weight.unflatten(0, (-1, width))
+        return torch.cat([by_head[:, :-rope], by_head[:, -rope:][:, halves]], 1).flatten(0, 1)
+
+    weights = {
+        "wq.weight": permuted((theirs.q_b_proj if query_latent else theirs.q_proj).weight, nope + rope),
+        "wc.weight": permuted(theirs.kv_a_proj_with_mqa.weight, latent + rope),
+        "c_norm.weight": theirs.kv_a_layernorm.weight,
+        "up": theirs.kv_b_proj.weight.unflatten(0, (heads, nope + value)),
+        "wo.weight": theirs.o_proj.weight,
+    }
+    if query_latent:
+        weights |= {"wq_down.weight": theirs.q_a_proj.weight, "q_norm.weight": theirs.q_a_layernorm.weight}
+    ours.load_state_dict(weights)
+    x_BTD, positions_BT = torch.randn(2, length, dim), torch.arange(length).expand(2, -1)
+    mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+    one, two = (x_BTD.clone().requires_grad_() for _ in range(2))
+    expected, _ = theirs(two, DeepseekV3RotaryEmbedding(config)(two, positions_BT), mask)
+    y_BTD, _ = ours(one, Span(positions_BT))
+    close(y_BTD, expected)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (y_BTD * weight).sum().backward()
+    close(one.grad, two.grad)
+    # The absorbed form reads the latent: the same outputs from a cache that holds nothing else.
+    state = {name: spec.empty(2, length) for name, spec in ours.state_spec(length).items()}
+    assert {value.shape[-1] for value in state.values()} == {latent + rope}
+    steps = []
+    for t in range(length):
+        y_B1D, state = ours(x_BTD[:, t : t + 1], Span(positions_BT[:, t : t + 1], length_B=positions_BT[:, t]), state)
+        steps.append(y_B1D)
+    close(torch.cat(steps, 1), expected)
+
+
+def test_sliding_window_is_mistral(pick):
+    kv_heads, group, window, length = pick.choice([1, 2]), pick.choice([1, 3]), pick.choice([1, 4, 9]), 30
+    heads, dim = kv_heads * group, kv_heads * group * 8
+    config = MistralConfig(
+        hidden_size=dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=8,
+        sliding_window=window,
+        attn_implementation="eager",
+    )
+    theirs = MistralAttention(config, 0)
+    ours = SlidingWindow(SlidingWindow.Config(heads, kv_heads, window=window), Place(dim))
+    ours.load_state_dict(
+        {
+            "wqkv.weight": torch.cat([getattr(theirs, f"{name}_proj").weight for name in "qkv"]),
+            "wo.weight": theirs.o_proj.weight,
+        }
+    )
+    x_BTD, positions_BT = torch.randn(2, length, dim), torch.arange(length).expand(2, -1)
+    distance = positions_BT[0, :, None] - positions_BT[0]
+    mask = torch.where((distance >= 0) & (distance < window), 0.0, torch.finfo(torch.float32).min)[None, None]
+    expected, _ = theirs(x_BTD, MistralRotaryEmbedding(config)(x_BTD, positions_BT), mask)
+    close(ours(x_BTD, Span(positions_BT))[0], expected)
+    assert ours.state_spec(10**6)["k"].capacity(10**6) < window + 64
