@@ -81,7 +81,9 @@ PY
 done
 
 say "2/4 ray job submit --working-dir . -- python -m jobs.pretrain $RECIPE $*"
-ray job submit --address "http://127.0.0.1:$DASHBOARD" --working-dir . -- python -m jobs.pretrain "$RECIPE" "$@"
+ray job submit --address "http://127.0.0.1:$DASHBOARD" --working-dir . -- python -m jobs.pretrain "$RECIPE" "$@" &
+started+=($!)
+wait "${started[1]}"  # in the background, since bash acts on a signal only between foreground commands
 
 say "3/4 serve run serve.app:build model=$RUN"
 export RAY_ADDRESS=127.0.0.1:$GCS
@@ -90,7 +92,7 @@ serve run serve.app:build model="$RUN" >>"$LOGS/serve.log" 2>&1 &
 started+=($!)
 
 say "4/4 a completion from http://127.0.0.1:$HTTP/v1/completions"
-"$PYTHON" - "$HTTP" "${started[1]}" "$LOGS/serve.log" "$NAME" <<'PY'
+"$PYTHON" - "$HTTP" "${started[2]}" "$LOGS/serve.log" "$NAME" <<'PY'
 import json, os, sys, time, urllib.error, urllib.request
 port, pid, log, name = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 base = f"http://127.0.0.1:{port}"
