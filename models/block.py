@@ -3,12 +3,15 @@
 x = x + mixer(norm(x));  x = x + ffn(norm(x))
 """
 
+from collections.abc import Iterator
+
 from torch import Tensor
 
+from models.config import parse_pattern
 from models.layers.norm import RMSNorm
 from models.span import Span
 from models.state import State, TensorSpec, prefixed, scope
-from models.stateful import Stateful
+from models.stateful import Place, Stateful
 
 
 class Block(Stateful):
@@ -31,3 +34,12 @@ class Block(Stateful):
         y_BTD, ffn_state = self.ffn(self.ffn_norm(x_BTD), at, scope(state, "ffn"))
         after = None if state is None else prefixed("mixer", mixer_state) | prefixed("ffn", ffn_state)
         return x_BTD + y_BTD, after
+
+
+def tile(pattern: str, ffn: str, dim: int, layers: int, vocab: int) -> Iterator[tuple[Stateful, Stateful, Place]]:
+    """The mixer and the ffn of each layer, freshly built, and where they stand: patterns repeat over the depth."""
+    mixers, ffns = parse_pattern(pattern, "mixer"), parse_pattern(ffn, "ffn")
+    for layer in range(layers):
+        place = Place(dim, layer, layers, vocab)
+        (mixer, mixer_config), (inner, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
+        yield mixer(mixer_config, place), inner(ffn_config, place), place

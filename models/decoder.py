@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from models.block import Block
-from models.config import parse_part, parse_pattern
+from models.block import Block, tile
+from models.config import parse_part
 from models.layers.norm import RMSNorm
 from models.model import Batch, Model
 from models.recompute import recomputed
@@ -46,15 +46,11 @@ class Decoder(Model):
         for name in ("vocab", "dim", "layers"):
             if getattr(config, name) < 1:
                 raise ValueError(f"decoder.{name}={getattr(config, name)}: must be at least 1")
-        mixers, ffns = parse_pattern(config.pattern, "mixer"), parse_pattern(config.ffn, "ffn")
         head, head_config = parse_part(config.head, "head")
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.dim)
-        self.blocks = nn.ModuleList()
-        for layer in range(config.layers):
-            place = Place(config.dim, layer, config.layers, config.vocab)
-            (mixer, mixer_config), (ffn, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
-            self.blocks.append(self.block(mixer(mixer_config, place), ffn(ffn_config, place), place))
+        layers = tile(config.pattern, config.ffn, config.dim, config.layers, config.vocab)
+        self.blocks = nn.ModuleList(self.block(*layer) for layer in layers)
         self.norm = RMSNorm(config.dim, config.eps)
         self.head = head(head_config, Place(config.dim, config.layers, config.layers, config.vocab))
         self._init_weights()

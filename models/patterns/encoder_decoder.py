@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.block import Block
-from models.config import parse_pattern
+from models.block import Block, tile
 from models.decoder import Decoder
 from models.layers.cross_attention import CrossAttention
 from models.layers.norm import RMSNorm
@@ -56,12 +55,8 @@ class EncoderDecoder(Decoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        mixers, ffns = parse_pattern(config.encoder, "mixer"), parse_pattern(config.ffn, "ffn")
-        self.encoder = nn.ModuleList()
-        for layer in range(config.encoder_layers):
-            place = Place(config.dim, layer, config.encoder_layers, config.vocab)
-            (mixer, mixer_config), (ffn, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
-            self.encoder.append(Block(mixer(mixer_config, place), ffn(ffn_config, place), config.dim, config.eps))
+        layers = tile(config.encoder, config.ffn, config.dim, config.encoder_layers, config.vocab)
+        self.encoder = nn.ModuleList(Block(mixer, ffn, config.dim, config.eps) for mixer, ffn, _ in layers)
         self.encoder_norm = RMSNorm(config.dim, config.eps)
         self._init_weights()
 
