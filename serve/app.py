@@ -3,8 +3,10 @@
     serve run serve.app:build model=RUN_OR_DIR [name=...] [max_rows=32] [max_len=2048] [memory_bytes=...] [chunk=256]
                               [waiting=256] [replicas=1] [cpus=1] [gpus=0]
 
-RUN is the name of a run under EDIFICE_HOME/runs or its folder, DIR a model folder. A replica holds one engine in a
-thread; one whose engine broke is replaced. EDIFICE_API_KEYS, comma separated, is read where this command runs.
+RUN is the name of a run under EDIFICE_HOME/runs or its folder, DIR a model folder; a tokenizer_config.json or a
+chat_template.jinja in it says how chats become prompts and which further token ends a completion. A replica holds one
+engine in a thread; one whose engine broke is replaced. EDIFICE_API_KEYS, comma separated, is read where this command
+runs. /metrics tells the numbers of the replica that happens to answer (`serve.metrics`).
 """
 
 import os
@@ -82,12 +84,15 @@ class Server:
     def __init__(self, path: str, name: str, keys: list[str], waiting: int, options: dict[str, Any]) -> None:
         from serve import engine
         from serve.api import Service
+        from serve.chat import Chat
         from serve.sampler import Sampling
         from serve.worker import Worker
 
         loaded = engine.load(path, **options)
         loaded.generate([[0, 0]], Sampling(max_tokens=2))  # what is slow once, or broken, shows now
-        self.service = Service(Worker(loaded, waiting), name, keys)
+        chat = Chat.load(path, loaded.tokenizer)
+        replica = serve.get_replica_context().replica_id.unique_id
+        self.service = Service(Worker(loaded, waiting), name, keys, chat, replica)
 
     def __serve_build_asgi_app__(self) -> Any:
         from serve.api import create_app

@@ -12,7 +12,7 @@ says which tokens a step computes, the model computes them, `serve.sampler` draw
 import secrets
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
@@ -22,11 +22,11 @@ from torch import Tensor
 from models.decoder import Decoder
 from models.span import Span
 from serve.memory import StateMemory
-from serve.sampler import Sampling, sample
+from serve.sampler import Logprobs, Sampling, logprobs, penalize, sample
 from serve.scheduler import Scheduler, Sequence, Work
 from serve.text import TextStream
 
-BOS, EOS = "<|bos|>", "<|eos|>"
+BOS, EOS, END = "<|bos|>", "<|eos|>", "<|end|>"  # of a document, and of a turn in a chat
 _DEFAULT = Sampling()
 _SPARSE = 0.3  # rows of different lengths share a call when at most this part of it is padding; measured on a CPU
 
@@ -44,30 +44,38 @@ class Request:
 class Event:
     """What a step did for request `id`: a token (None: none), the text that became certain, why it ended (None: not).
 
-    reason: stop (end token or stop text), length, cancelled.
+    reason: stop (end token or stop text), length, cancelled. logprobs: when the request asks for them. offset: whole
+    characters of the completion before the token.
     """
 
     id: int
     token: int | None
     text: str
     reason: str | None
+    logprobs: Logprobs | None = None
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class Result:
-    """A whole completion. tokens: all that were generated, with the end token if there was one."""
+    """A whole completion. tokens: all that were generated, with the end token if there was one.
+
+    logprobs: of each token, when they were asked for.
+    """
 
     tokens: list[int]
     text: str
     reason: str
+    logprobs: list[Logprobs]
 
 
 class Engine:
     """Continuous batching over the rows of one decoder. Not thread-safe, but for `check` and `encode`.
 
     model: a causal decoder; it is put in eval mode. tokenizer: for text prompts and stop texts, text in events, the end
-    token. max_rows, max_len: requests computed together, tokens of prompt and completion. memory_bytes: of state, None
-    for as much as max_rows rows of max_len tokens need. chunk: prompt tokens of a step. page: entries of a page.
+    tokens <|eos|> and <|end|>. max_rows, max_len: requests computed together, tokens of prompt and completion.
+    memory_bytes: of state, None for as much as max_rows rows of max_len tokens need. chunk: prompt tokens of a step.
+    page: entries of a page. ends: spellings of further end tokens.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class Engine:
         memory_bytes: int | None = None,
         chunk: int = 256,
         page: int = 16,
+        ends: Items[str] = (),
     ) -> None:
         if not isinstance(model, Decoder) or not model.causal:
             raise ValueError(
@@ -89,7 +98,8 @@ class Engine:
         self.device = model.embedding.weight.device
         self.memory = StateMemory(model.state_spec(max_len), max_rows, max_len, memory_bytes, page, self.device)
         self.scheduler = Scheduler(self.memory, chunk)
-        self.end = None if tokenizer is None else tokenizer.token_to_id(EOS)
+        known = [] if tokenizer is None else [tokenizer.token_to_id(end) for end in (EOS, END, *ends)]
+        self.ends = frozenset(token for token in known if token is not None)
         self._ids = count()
         self._live: dict[int, Sequence] = {}
         self._pending: list[Event] = []
@@ -136,7 +146,7 @@ class Engine:
         self.check(request)
         sampling = request.sampling
         if sampling.seed is None:
-            sampling = Sampling(**{**vars(sampling), "seed": secrets.randbits(63)})
+            sampling = replace(sampling, seed=secrets.randbits(63))
         text = None if self.tokenizer is None else TextStream(self.tokenizer, sampling.stop)
         for token in request.resumed if text else ():
             text.push(token)
@@ -167,8 +177,11 @@ class Engine:
                 ready += [sequence for sequence, _ in group if not sequence.missing]
         if ready:
             logits_BC = logits[0] if len(logits) == 1 else torch.cat(logits)
-            tokens = sample(logits_BC, [s.sampling for s in ready], [s.generated for s in ready])
-            events += [self._accept(sequence, token) for sequence, token in zip(ready, tokens)]
+            samplings = [sequence.sampling for sequence in ready]
+            generated = [s.tokens[s.prompt :] if s.sampling.penalized else () for s in ready]
+            tokens = sample(penalize(logits_BC, samplings, generated), samplings, [s.generated for s in ready])
+            told = logprobs(logits_BC, tokens, samplings)
+            events += [self._accept(*drawn) for drawn in zip(ready, tokens, told)]
         return events
 
     def _compute(self, group: Work) -> Tensor | None:
@@ -196,12 +209,13 @@ class Engine:
             x_BTD = x_BTD[row_N, column_N][:, None]
         return self.model.head(x_BTD, at)[0][:, 0]
 
-    def _accept(self, sequence: Sequence, token: int) -> Event:
+    def _accept(self, sequence: Sequence, token: int, told: Logprobs | None) -> Event:
         """The next token of a sequence, and whether it is the last."""
         sequence.tokens.append(token)
         sequence.generated += 1
         sampling, stream, text, reason = sequence.sampling, sequence.text, "", None
-        if token == self.end and not sampling.ignore_eos:
+        offset = 0 if stream is None else stream.length
+        if token in self.ends and not sampling.ignore_eos:
             reason = "stop"
         elif stream is not None:
             text = stream.push(token)
@@ -212,7 +226,7 @@ class Engine:
             text += stream.close() if stream is not None else ""
             self.scheduler.remove(sequence)
             del self._live[sequence.id]
-        return Event(sequence.id, token, text, reason)
+        return Event(sequence.id, token, text, reason, told, offset)
 
     # -- a whole batch -------------------------------------------------------------------------------------------
 
@@ -236,10 +250,13 @@ class Engine:
                 if event.reason is not None:
                     open_ids.discard(event.id)
         self._pending += others
-        return [
-            Result([e.token for e in events if e.token is not None], "".join(e.text for e in events), events[-1].reason)
-            for events in mine.values()
-        ]
+        return [_result(events) for events in mine.values()]
+
+
+def _result(events: list[Event]) -> Result:
+    tokens = [event.token for event in events if event.token is not None]
+    told = [event.logprobs for event in events if event.logprobs is not None]
+    return Result(tokens, "".join(event.text for event in events), events[-1].reason, told)
 
 
 def _groups(work: Work) -> list[Work]:
@@ -258,13 +275,18 @@ def _groups(work: Work) -> list[Work]:
 
 
 def load(path: str, **options: object) -> Engine:
-    """The engine of a run (its newest checkpoint) or a model folder. One line of ValueError when it is not one."""
+    """The engine of a run (its newest checkpoint) or a model folder. One line of ValueError when it is not one.
+
+    The `eos_token` of a tokenizer_config.json in it is an end token too.
+    """
     from cluster import folder
     from models import hub
+    from serve.chat import CONFIG, spelling
 
     place = hub.locate(path)
     stored = folder.load(place)
     tokenizer = Tokenizer.from_str(stored.text("tokenizer.json")) if "tokenizer.json" in stored else None
+    end = spelling(stored.json(CONFIG).get("eos_token")) if CONFIG in stored else ""
     model = hub.load(place)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Engine(model.to(device), tokenizer, **options)
+    return Engine(model.to(device), tokenizer, ends=[end] if end else [], **options)

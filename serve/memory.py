@@ -102,11 +102,14 @@ class StateMemory:
         """Pages left, of the kind that runs out first; 0 when nothing grows."""
         return min((len(pages) for pages in self._free_pages.values()), default=0)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row that could ever be held, alone."""
+        return min([self.max_len, *((count - 1) * self.page * every for every, count in self.pages.items())])
+
     def fits(self, tokens: int) -> bool:
         """Whether a row of `tokens` tokens could ever be held, alone."""
-        return tokens <= self.max_len and all(
-            self._needed(every, tokens) < count for every, count in self.pages.items()
-        )
+        return tokens <= self.longest
 
     # -- rows ----------------------------------------------------------------------------------------------------
 

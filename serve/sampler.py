@@ -7,6 +7,8 @@ row; no row's path depends on what the other rows ask for.
 top-p needs no sorting: a token is outside of the nucleus exactly when likelier ones have mass p together, which is one
 sum. Then all that are no likelier are outside too, and the next draw is made without them and with a new number. The
 result is exact, and at most 1/p draws are expected.
+
+Log probabilities are the model's own: of its logits, before penalties, temperature, top_k and top_p.
 """
 
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST_LOGPROBS = 20
 _MASK = (1 << 64) - 1
 _BLOCK = 256  # sums of so many tokens are searched first: one pass over the vocabulary instead of a cumulative sum
 
@@ -30,7 +33,10 @@ class Sampling:
     top_p:       draw among the likeliest tokens that together have this probability.
     seed:        0 <= seed < 2^64; None draws one.
     stop:        texts that end the completion and are not part of it.
-    ignore_eos:  go on after the end token.
+    ignore_eos:  go on after an end token.
+    frequency_penalty: taken off a token's logit for each time it was generated.
+    presence_penalty:  taken off a token's logit once it was generated.
+    logprobs:    tokens whose log probabilities are told at each position, besides the one drawn; None for not even it.
     """
 
     max_tokens: int = 16
@@ -40,6 +46,9 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -54,6 +63,23 @@ class Sampling:
             raise ValueError(f"seed={self.seed}: must be at least 0 and below 2^64")
         if isinstance(self.stop, str) or not all(isinstance(text, str) and text for text in self.stop):
             raise ValueError(f"stop={self.stop!r}: must be a list of texts, none of them empty")
+        for name in ("frequency_penalty", "presence_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name}={getattr(self, name)}: must be between -2 and 2")
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise ValueError(f"logprobs={self.logprobs}: must be between 0 and {MOST_LOGPROBS}")
+
+    @property
+    def penalized(self) -> bool:
+        return self.frequency_penalty != 0 or self.presence_penalty != 0
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """token: of the token that was drawn. top: the likeliest tokens with theirs, the likeliest first."""
+
+    token: float
+    top: tuple[tuple[int, float], ...]
 
 
 def uniform(seed: int, position: int, draw: int = 0) -> float:
@@ -100,6 +126,34 @@ def sample(logits_BC: Tensor, samplings: Sequence[Sampling], positions: Sequence
             return tokens
         weights_NC, limit_N = weights_NC[outside_M], limit_N[outside_M]
         rows, draw = [rows[index] for index in outside_M.tolist()], draw + 1
+
+
+def penalize(logits_BC: Tensor, samplings: Sequence[Sampling], generated: Sequence[Sequence[int]]) -> Tensor:
+    """Logits after the penalties. generated: each penalized row's completion so far; of other rows it is not read."""
+    rows = [row for row, sampling in enumerate(samplings) if sampling.penalized and generated[row]]
+    if not rows:
+        return logits_BC
+    logits_BC = logits_BC.clone()
+    for row in rows:
+        ids_N, counts_N = torch.tensor(generated[row], device=logits_BC.device).unique(return_counts=True)
+        off_N = counts_N * samplings[row].frequency_penalty + samplings[row].presence_penalty
+        logits_BC[row, ids_N] -= off_N.to(logits_BC.dtype)
+    return logits_BC
+
+
+def logprobs(logits_BC: Tensor, tokens: Sequence[int], samplings: Sequence[Sampling]) -> list[Logprobs | None]:
+    """Log probabilities at one position of each row that asks for them. tokens: those that were drawn."""
+    found: list[Logprobs | None] = [None] * len(samplings)
+    rows = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
+    if not rows:
+        return found
+    log_NC = logits_BC[torch.tensor(rows, device=logits_BC.device)].float().log_softmax(-1)
+    drawn_N1 = torch.tensor([[tokens[row]] for row in rows], device=log_NC.device)
+    top_NK, ids_NK = log_NC.topk(min(max(samplings[row].logprobs for row in rows), log_NC.shape[1]), -1)
+    table = zip(rows, log_NC.gather(1, drawn_N1)[:, 0].tolist(), ids_NK.tolist(), top_NK.tolist())
+    for row, own, ids, values in table:
+        found[row] = Logprobs(own, tuple(zip(ids, values))[: samplings[row].logprobs])
+    return found
 
 
 def _weights(logits_NC: Tensor, samplings: Sequence[Sampling]) -> Tensor:

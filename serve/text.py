@@ -14,10 +14,11 @@ class TextStream:
 
     A character split over tokens waits for its last byte, and what could be the beginning of a stop text waits until
     it is none. `stopped` tells that a stop text came. The text before whichever stop text is complete first is kept.
+    `length` counts the whole characters there are so far, passed on or not.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self.stopped = False
+        self.stopped, self.length = False, 0
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._tokens: list[int] = []  # the last ones, as far as decoding still depends on them
         self._shown = 0  # characters of their text that were passed on
@@ -29,6 +30,7 @@ class TextStream:
         text = self._tokenizer.decode(self._tokens)
         sure = text.rstrip(_HALF)
         new = sure[self._shown :]
+        self.length += len(new)
         self._shown = max(self._shown, len(sure))
         if len(self._tokens) >= _LONGEST and len(sure) == len(text):
             self._tokens = self._tokens[-_CONTEXT:]

@@ -1,13 +1,14 @@
 """The bridge between the engine, which lives in a thread of its own, and asyncio, which must never wait for it.
 
 Commands go to the thread through a queue and are done between two steps. All events of a step for one HTTP call come
-back in one wake-up of its event loop. A stream closed early, because its client went away, cancels what is left of it.
+back in one wake-up of its event loop. A call closed early, because its client went away, cancels what is left of it.
 """
 
 import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 
 from serve.engine import Engine, Event, Request
 
@@ -20,23 +21,44 @@ class Failed(Exception):
     """The engine broke; nothing will be answered any more."""
 
 
-class _Call:
-    """The requests of one HTTP call: their ids, known to the engine's thread, and the way back to its event loop."""
+class Call:
+    """The requests of one HTTP call, and the way of their events back to its event loop.
 
-    def __init__(self, requests: Sequence[Request]) -> None:
+    Iterate over it for (index of the request, event) until each has ended; Failed in between when the engine breaks.
+    Whoever opened it closes it: what has not ended by then is cancelled, and its rows are free.
+    """
+
+    def __init__(self, worker: "Worker", requests: Sequence[Request]) -> None:
         self.requests = requests
         self.events: asyncio.Queue[list[tuple[int, Event]] | Failed] = asyncio.Queue()
-        self.loop = asyncio.get_running_loop()
-        self.ids: list[int] = []
-        self.closed = False
+        self.ids: list[int] = []  # known to the engine's thread
+        self._worker, self._loop = worker, asyncio.get_running_loop()
+        self._remaining = len(requests)
+        self._closed = False
 
     def deliver(self, item: list[tuple[int, Event]] | Failed) -> bool:
         """From the engine's thread; False when nobody listens any more."""
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, item)
+            self._loop.call_soon_threadsafe(self.events.put_nowait, item)
         except RuntimeError:  # the event loop is closed
             return False
         return True
+
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Event]]:
+        self._worker.check()  # an engine that fails from here on finds the call in its inbox
+        while self._remaining:
+            item = await self.events.get()
+            if isinstance(item, Failed):
+                raise item
+            for index, event in item:
+                self._remaining -= event.reason is not None
+                yield index, event
+
+    def close(self) -> None:
+        """Any number of times, also when nothing was read."""
+        if not self._closed:
+            self._closed = True
+            self._worker.closed(self, self._remaining > 0)
 
 
 class Worker:
@@ -47,8 +69,8 @@ class Worker:
         self.limit = engine.memory.rows + waiting
         self.failure: BaseException | None = None
         self._open = 0  # requests of all open streams; belongs to the event loop
-        self._inbox: queue.SimpleQueue[tuple[str, _Call | None]] = queue.SimpleQueue()
-        self._routes: dict[int, tuple[_Call, int]] = {}
+        self._inbox: queue.SimpleQueue[tuple[str, Call | None]] = queue.SimpleQueue()
+        self._routes: dict[int, tuple[Call, int]] = {}
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -69,26 +91,25 @@ class Worker:
         if self._open + len(requests) > self.limit:
             raise Busy(f"{self._open} requests are running or waiting already, try again later")
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
-        """(index in `requests`, event) as they come, until each has ended. Raises as `admit`, and Failed in between."""
+    def open(self, requests: Sequence[Request]) -> Call:
+        """Takes `requests` in at once. Raises as `admit`."""
         self.admit(requests)
-        call = _Call(requests)
+        call = Call(self, requests)
         self._open += len(requests)
-        remaining = len(requests)
         self._inbox.put(("submit", call))
-        try:
-            self.check()  # an engine that fails from here on finds the call in its inbox
-            while remaining:
-                item = await call.events.get()
-                if isinstance(item, Failed):
-                    raise item
-                for index, event in item:
-                    remaining -= event.reason is not None
-                    yield index, event
-        finally:
-            self._open -= len(requests)
-            if remaining:
-                self._inbox.put(("cancel", call))
+        return call
+
+    def closed(self, call: Call, unfinished: bool) -> None:
+        """A call tells that it was closed."""
+        self._open -= len(call.requests)
+        if unfinished:
+            self._inbox.put(("cancel", call))
+
+    async def stream(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Event]]:
+        """`open`, its events, and `close`, however it is left."""
+        with closing(self.open(requests)) as call:
+            async for index, event in call:
+                yield index, event
 
     def stop(self) -> None:
         """Ends the thread after its current step; what is running gets Failed."""
@@ -131,7 +152,7 @@ class Worker:
                     self.engine.cancel(id)
 
     def _dispatch(self, events: list[Event]) -> None:
-        batches: dict[int, tuple[_Call, list[tuple[int, Event]]]] = {}
+        batches: dict[int, tuple[Call, list[tuple[int, Event]]]] = {}
         for event in events:
             call, index = self._routes[event.id]
             if event.reason is not None:

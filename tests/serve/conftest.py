@@ -28,7 +28,7 @@ def tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<|bos|>", "<|eos|>"],
+        special_tokens=["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -44,6 +44,22 @@ def decoder(tokenizer):
     with torch.no_grad():
         model.head.weight.mul_(6)
     return model
+
+
+@pytest.fixture(scope="session")
+def first_end():
+    """Finds a seed whose completion, of temperature 3 and at most 30 tokens, is ended by a special token."""
+    from serve.sampler import Sampling
+
+    def first_end(engine, prompt: list[int], end: str):
+        for start in range(0, 512, 64):
+            samplings = [Sampling(max_tokens=30, temperature=3.0, seed=start + index) for index in range(64)]
+            for index, result in enumerate(engine.generate([prompt] * 64, samplings)):
+                if result.tokens[-1] == engine.tokenizer.token_to_id(end):
+                    return start + index, result
+        raise AssertionError(f"no completion ends with {end}")
+
+    return first_end
 
 
 @pytest.fixture(scope="session")

@@ -83,8 +83,12 @@ def test_null_and_neutral_values_change_nothing(client):
         ({"max_tokens": 500}, 400, "prompt", "together at most 200 are allowed"),
         ({"stop": ["a", ""]}, 400, "stop", "stop: must be a text or a list of at most 16 texts, none of them empty"),
         ({"stop": 5}, 400, "stop", "stop: must be a text or a list of at most 16 texts"),
-        ({"logprobs": 2}, 400, "logprobs", "logprobs: not supported"),
-        ({"best_of": 2}, 400, None, "best_of: not supported"),
+        ({"logprobs": 6}, 400, "logprobs", "logprobs: input should be less than or equal to 5"),
+        ({"logprobs": 1, "echo": True}, 400, "logprobs", "logprobs: not supported together with echo"),
+        ({"frequency_penalty": 3}, 400, "frequency_penalty", "frequency_penalty: input should be less than or equal"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias", "logit_bias: not supported by this server; leave it out"),
+        ({"suffix": "x"}, 400, "suffix", "suffix: not supported"),
+        ({"best_of": 2}, 400, "best_of", "best_of: not supported"),
         ({"colour": "red"}, 400, "colour", "colour: extra inputs are not permitted"),
         (
             {"stream_options": {"include_usage": True}},
@@ -110,6 +114,7 @@ def test_other_errors_have_the_same_shape(client):
         (client.post("/v1/completions", json=[1]), 400),
         (client.post("/v1/completions", json={"prompt": "a"}), 400),
         (client.get("/v1/completions"), 405),
+        (client.get("/v1/chat/completions"), 405),
         (client.get("/v1/nothing"), 404),
         (client.get("/docs"), 404),
         (client.get("/v1/models/other"), 404),
@@ -127,6 +132,8 @@ def test_keys(worker):
         assert answer.status_code == status
         if status == 401:
             assert answer.json()["error"]["type"] == "authentication_error"
+            assert answer.headers["WWW-Authenticate"] == "Bearer"
+            assert client.get("/metrics", headers=headers).status_code == 401
             assert client.post("/v1/completions", content=b"{", headers=headers).status_code == 401
 
 
@@ -144,6 +151,8 @@ def test_too_many_requests_and_a_broken_engine(decoder, tokenizer):
     worker._open = 1  # as if a stream were open
     answer = post(client)
     assert (answer.status_code, answer.json()["error"]["type"]) == (429, "rate_limit_error")
+    assert int(answer.headers["Retry-After"]) >= 1
+    assert post(client, stream=True).status_code == 429
     worker._open = 0
     worker.engine.memory.put = None
     assert post(client).status_code == 503

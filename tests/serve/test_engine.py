@@ -159,20 +159,21 @@ def test_cancelling_frees_the_row_before_the_next_step(model):
     assert not engine.busy and engine.step() == [] and engine.memory.free_rows == 1
 
 
-def test_the_end_token(decoder, tokenizer):
-    """A head that says nothing but <|eos|> after a while."""
+@pytest.mark.parametrize("end", ["<|eos|>", "<|end|>"])
+def test_the_end_tokens(decoder, tokenizer, first_end, end):
+    """Of a document, and of a turn in a chat."""
     engine = Engine(decoder, tokenizer, max_len=64)
-    end = tokenizer.token_to_id("<|eos|>")
-    free = engine.generate(["a"], Sampling(max_tokens=30, temperature=2.0, seed=1, ignore_eos=True))[0]
-    assert len(free.tokens) == 30 and free.reason == "length"
-    for seed in range(200):
-        result = engine.generate(["a"], Sampling(max_tokens=30, temperature=3.0, seed=seed))[0]
-        if result.reason == "stop":
-            break
-    assert result.tokens[-1] == end and end not in result.tokens[:-1]
+    seed, result = first_end(engine, engine.encode("a"), end)
+    assert result.reason == "stop" and not engine.ends.intersection(result.tokens[:-1])
     assert result.text == tokenizer.decode(result.tokens[:-1])
     same = engine.generate(["a"], Sampling(max_tokens=30, temperature=3.0, seed=seed, ignore_eos=True))[0]
     assert same.tokens[: len(result.tokens)] == result.tokens and len(same.tokens) == 30
+    assert same.reason == "length" and same.text == tokenizer.decode(same.tokens)
+
+
+def test_further_end_tokens(decoder, tokenizer):
+    engine = Engine(decoder, tokenizer, max_len=64, ends=["<|user|>", "not there"])
+    assert engine.ends == {tokenizer.token_to_id(each) for each in ("<|eos|>", "<|end|>", "<|user|>")}
 
 
 def test_stop_texts_end_a_completion(decoder, tokenizer):

@@ -126,6 +126,9 @@ def test_half_precision_and_forbidden_tokens():
         {"seed": 2**64},
         {"stop": ("",)},
         {"stop": "text"},
+        {"frequency_penalty": 2.5},
+        {"presence_penalty": float("nan")},
+        {"logprobs": 21},
     ],
     ids=str,
 )

@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
+from serve.chat import Chat
 from serve.engine import Engine
 from serve.sampler import Sampling
 
@@ -87,6 +89,22 @@ def test_streams_add_up_and_tell_their_usage(client, url):
         assert answer.read().decode().endswith("data: [DONE]\n\n")
 
 
+def test_chats(client, engine, tokenizer):
+    messages = [{"role": "system", "content": "return"}, {"role": "user", "content": "def f<|end|>"}]
+    options = {"model": "tiny", "messages": messages, "max_tokens": 30, "seed": 4, "extra_body": {"ignore_eos": True}}
+    answer = client.chat.completions.create(**options, n=2, logprobs=True)
+    samplings = [Sampling(max_tokens=30, seed=seed, logprobs=0, ignore_eos=True) for seed in (4, 5)]
+    expected = engine.generate([Chat(tokenizer).encode(messages)] * 2, samplings)
+    for choice, result in zip(answer.choices, expected):
+        assert choice.message.content == result.text
+        values = [each.logprob for each in choice.logprobs.content]
+        assert values == pytest.approx([each.token for each in result.logprobs], abs=1e-4)
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    assert len(chunks) > 10 and chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
 def test_tokens_come_as_they_are_made(client):
     options = {"model": "tiny", "prompt": "a", "max_tokens": 400, "extra_body": {"ignore_eos": True}, "seed": 1}
     times = [time.monotonic()]
@@ -116,11 +134,14 @@ def test_errors_are_openais(client, url):
         client.completions.create(model="tiny", prompt="a", top_p=2, stream=True)
     with pytest.raises(openai.AuthenticationError, match="Authorization: Bearer KEY"):
         client.with_options(api_key="wrong").models.list()
-    with pytest.raises(openai.RateLimitError, match="try again later"):
+    with pytest.raises(openai.RateLimitError, match="try again later") as busy:
         slow = {"model": "tiny", "prompt": "a", "max_tokens": 5000, "extra_body": {"ignore_eos": True}, "stream": True}
         with client.completions.create(**slow, n=20) as stream:
             next(iter(stream))
             client.completions.create(model="tiny", prompt="a", n=3)
+    assert busy.value.response.headers["Retry-After"] == "1"
+    with pytest.raises(openai.NotFoundError, match="GET /v1/nothing: Not Found"):
+        client.get("/nothing", cast_to=object)
     with urllib.request.urlopen(f"{url}/health") as answer:
         assert json.loads(answer.read()) == {"status": "ok"}
 
@@ -136,20 +157,48 @@ def test_eight_at_once_get_what_they_would_get_alone(client, engine):
     assert texts == [result.text for result in results]
 
 
+def scrape(url: str) -> str:
+    request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
+    with urllib.request.urlopen(request) as answer:
+        return answer.read().decode()
+
+
+def number(url: str, name: str, more: str = "") -> float:
+    """The value of a series."""
+    pattern = rf'^edifice_{name}\{{model="tiny",{more}replica="\w+"\}} (\S+)$'
+    return float(re.search(pattern, scrape(url), re.MULTILINE)[1])
+
+
+def test_metrics(client, url):
+    before = number(url, "generation_tokens_total")
+    client.completions.create(model="tiny", prompt="a", max_tokens=3, extra_body={"ignore_eos": True})
+    assert number(url, "generation_tokens_total") == before + 3
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{url}/metrics")
+
+
+@pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
-def test_clients_that_go_away_free_their_rows(client, stream):
-    """Both rows are taken for many seconds, were they not freed."""
-    slow = {"model": "tiny", "prompt": "a", "n": 2, "max_tokens": 5900, "extra_body": {"ignore_eos": True}}
-    start = time.monotonic()
+def test_clients_that_go_away_free_their_rows(client, url, stream, chat):
+    """Both rows would be taken for many seconds, and then their completions would not be counted as cancelled."""
+    slow = {"model": "tiny", "n": 2, "max_tokens": 5900, "extra_body": {"ignore_eos": True}}
+    slow |= {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
+    before = number(url, "requests_total", 'outcome="cancelled",')
+
+    def ask(client, **options):
+        return (client.chat.completions if chat else client.completions).create(**slow, **options)
+
     if stream:
-        with client.completions.create(**slow, stream=True) as chunks:
+        with ask(client, stream=True) as chunks:
             next(iter(chunks))
     else:
         with pytest.raises(openai.APITimeoutError):
-            client.with_options(timeout=1).completions.create(**slow)
-    left = time.monotonic()
+            ask(client.with_options(timeout=0.7))
+    start = time.monotonic()
+    while number(url, "requests_total", 'outcome="cancelled",') < before + 2 or number(url, "requests_running"):
+        assert time.monotonic() - start < 20
+        time.sleep(0.05)
     assert client.completions.create(model="tiny", prompt="a", max_tokens=5).choices
-    assert time.monotonic() - left < 2 and left - start < 4
 
 
 def test_wrong_arguments_are_one_line_before_ray_starts(tmp_path):

@@ -60,6 +60,22 @@ def test_leaving_early_frees_the_row(worker):
     asyncio.run(main())
 
 
+def test_a_call_that_nobody_reads_frees_its_rows(worker):
+    """As when a client goes away before its stream begins."""
+
+    async def main():
+        call = worker.open([LONG, LONG, LONG])
+        with pytest.raises(Busy):
+            worker.open([SHORT] * 3)
+        await until(lambda: worker.engine.memory.free_rows == 0)
+        call.close()
+        call.close()
+        await until(lambda: worker.engine.memory.free_rows == 2)
+        assert len(await collect(worker, *[SHORT] * 5)) == 5
+
+    asyncio.run(main())
+
+
 def test_the_event_loop_is_not_held_up(worker):
     async def main():
         task = asyncio.create_task(collect(worker, LONG, LONG))
