@@ -5,7 +5,8 @@ x = x + mixer(norm(x));  x = x + ffn(norm(x))
 
 from collections.abc import Iterator
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from models.config import parse_pattern
 from models.layers.norm import RMSNorm
@@ -43,3 +44,17 @@ def tile(pattern: str, ffn: str, dim: int, layers: int, vocab: int) -> Iterator[
         place = Place(dim, layer, layers, vocab)
         (mixer, mixer_config), (inner, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
         yield mixer(mixer_config, place), inner(ffn_config, place), place
+
+
+@torch.no_grad()
+def draw_linears(stack: nn.Module, layers: int) -> None:
+    """Draw every linear weight from N(0, 1/fan_in), over the residual branches where it writes to the stream (`wo`).
+
+    Biases become zero; a weight that a part has set to zero stays so.
+    """
+    for name, module in stack.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.any():
+            branches = 2 * layers if name.endswith("wo") else 1
+            nn.init.normal_(module.weight, std=(module.in_features * branches) ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

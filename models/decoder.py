@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from models.block import Block, tile
+from models.block import Block, draw_linears, tile
 from models.config import parse_part
 from models.layers.norm import RMSNorm
 from models.model import Batch, Model
@@ -53,29 +53,14 @@ class Decoder(Model):
         self.blocks = nn.ModuleList(self.block(*layer) for layer in layers)
         self.norm = RMSNorm(config.dim, config.eps)
         self.head = head(head_config, Place(config.dim, config.layers, config.layers, config.vocab))
-        self._init_weights()
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+        draw_linears(self, config.layers)
         if config.tied:
             self.head.weight = self.embedding.weight
 
     def block(self, mixer: Stateful, ffn: Stateful, place: Place) -> Block:
         """One layer; patterns with other residual branches replace it."""
         return Block(mixer, ffn, self.config.dim, self.config.eps)
-
-    @torch.no_grad()
-    def _init_weights(self) -> None:
-        """Linear: N(0, 1/fan_in), over the number of residual branches where it writes to the stream (`wo`).
-
-        A weight that a part has set to zero stays so.
-        """
-        nn.init.normal_(self.embedding.weight, std=self.config.dim**-0.5)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear) and module.weight.any():
-                std = module.in_features**-0.5
-                nn.init.normal_(
-                    module.weight, std=std / (2 * self.config.layers) ** 0.5 if name.endswith("wo") else std
-                )
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -117,6 +117,11 @@ def _resume(learner: Learner, kl: dict[str, float], steps: int) -> None:
 
 def _to_json(value: Any, tensors: dict[str, Tensor]) -> Any:
     """JSON for a tree of dicts, lists, numbers and arrays; arrays go to `tensors` and are named by their order."""
+    for kind, name in ((Tensor, "tensor"), (np.ndarray, "ndarray"), (np.generic, "number")):
+        if isinstance(value, kind):  # before float, which np.float64 also is
+            key = str(len(tensors))
+            tensors[key] = value.detach().cpu() if kind is Tensor else torch.from_numpy(np.array(value))
+            return {name: key}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
@@ -126,15 +131,7 @@ def _to_json(value: Any, tensors: dict[str, Tensor]) -> Any:
             return {kind.__name__: [_to_json(item, tensors) for item in value]}
     if isinstance(value, deque):
         return {"deque": [_to_json(item, tensors) for item in value], "room": value.maxlen}
-    if isinstance(value, np.ndarray | np.generic | Tensor):
-        name = str(len(tensors))
-        tensors[name] = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-        return {type(value).__name__ if isinstance(value, np.ndarray) else _kind(value): name}
     raise TypeError(f"a checkpoint cannot hold {type(value).__name__}: {value!r}")
-
-
-def _kind(value: np.generic | Tensor) -> str:
-    return "tensor" if isinstance(value, Tensor) else "number"
 
 
 def _from_json(value: Any, tensors: dict[str, Tensor]) -> Any:

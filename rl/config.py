@@ -14,7 +14,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rl import envs
 from rl.fragments import Act, Carry, FragmentStates
-from rl.module import Config, Policy, make_config
+from rl.module import Config, Policy, make_config, stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Run:
     seed: int = 0
     runners: int = 1
     rows: int = 8
-    batch: int = 2000
-    minibatch: int = 500
+    batch: int = 1000
+    minibatch: int = 250
     epochs: int = 6
     lr: float = 1e-3
     anneal: bool = False
@@ -98,7 +98,11 @@ def from_json(record: dict) -> Run:
 
 
 def configure(run: Run, ours: bool = True) -> PPOConfig:
-    """The RLlib config of a run; ours=False: with RLlib's default module and connectors, all else equal."""
+    """The RLlib config of a run; ours=False: with RLlib's default module and connectors, all else equal.
+
+    ValueError, one line, for an environment or a policy that cannot be.
+    """
+    stack(run.model)  # a mistake is told here; in a runner it would drown in traces
     spec = RLModuleSpec(module_class=Policy, model_config=dataclasses.asdict(run.model)) if ours else None
     config = (
         (BackboneConfig() if ours else PPOConfig())

@@ -17,7 +17,7 @@ from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
-from models.block import Block
+from models.block import Block, draw_linears
 from models.config import parse_pattern
 from models.layers.norm import RMSNorm
 from models.span import Span
@@ -49,13 +49,13 @@ class Config:
 
 
 class Policy(TorchRLModule, ValueFunctionAPI):
-    """model_config: the fields of `Config` as a dict. Observations are Box or Discrete, actions anything RLlib knows."""
+    """model_config: the fields of `Config` as a dict. Observations: Box or Discrete. Actions: what RLlib knows."""
 
     def setup(self) -> None:
         given = {name: value for name, value in self.model_config.items() if name != "vf_share_layers"}  # PPO adds it
         config = self.settings = make_config(given)
         self.encoder, vocab = _encoder(self.observation_space, config.dim)
-        self.blocks = nn.ModuleList(_blocks(config, vocab))
+        self.blocks = nn.ModuleList(stack(config, vocab))
         self.norm = RMSNorm(config.dim, EPS)
         outputs = self.get_inference_action_dist_cls().required_input_dim(self.action_space)
         self.policy, self.value = nn.Linear(config.dim, outputs), nn.Linear(config.dim, 1)
@@ -69,12 +69,7 @@ class Policy(TorchRLModule, ValueFunctionAPI):
     @torch.no_grad()
     def _init_weights(self) -> None:
         """As a decoder's: N(0, 1/fan_in), smaller where it writes to the stream; an almost uniform first policy."""
-        for name, module in self.blocks.named_modules():
-            if isinstance(module, nn.Linear):
-                depth = 2 * len(self.blocks) if name.endswith("wo") else 1
-                nn.init.normal_(module.weight, std=(module.in_features * depth) ** -0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        draw_linears(self.blocks, len(self.blocks))
         nn.init.orthogonal_(self.policy.weight, 0.01)
         nn.init.orthogonal_(self.value.weight, 1.0)
         nn.init.zeros_(self.policy.bias)
@@ -96,8 +91,8 @@ class Policy(TorchRLModule, ValueFunctionAPI):
     def step(self, obs_BT: Tensor, state: State) -> tuple[Tensor, State]:
         """Features (B, T, D) and the state after. obs: (B, T, *shape) floats, or (B, T) int64 when Discrete.
 
-        Padding comes last in a row, where a causal stack lets it disturb nothing, so it needs no mask. A mask would even
-        be wrong: RLlib's LOSS_MASK also leaves out the step whose value GAE bootstraps from.
+        Padding comes last in a row, where a causal stack lets it disturb nothing, so it needs no mask. A mask would
+        even be wrong: RLlib's LOSS_MASK also leaves out the step whose value GAE bootstraps from.
         """
         at = self._span(obs_BT, state["length"])
         x_BTD = self.encoder(obs_BT if at.ids_BT is not None else obs_BT.flatten(2).float())
@@ -158,7 +153,8 @@ def _encoder(space: gym.Space, dim: int) -> tuple[nn.Module, int]:
     raise ValueError(f"observation space {space}: must be Box or Discrete; add RLlib's FlattenObservations connector")
 
 
-def _blocks(config: Config, vocab: int) -> list[Block]:
+def stack(config: Config, vocab: int = 0) -> list[Block]:
+    """The layers of a policy; ValueError, one line, for a pattern or width that cannot be built."""
     mixers, ffns = parse_pattern(config.pattern, "mixer"), parse_pattern(config.ffn, "ffn")
     blocks = []
     for layer in range(config.layers):

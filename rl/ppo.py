@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from cluster import session, storage
@@ -26,6 +27,8 @@ from ray.rllib.algorithms.algorithm import Algorithm  # noqa: E402
 
 from rl import checkpoint, envs  # noqa: E402
 from rl.config import Run, configure, to_json  # noqa: E402
+
+EPISODES = 20  # that a mean return is over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,11 @@ class Command(Run):
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """One iteration: number, steps so far, mean return of the last episodes (nan before the first), steps per second."""
+    """One iteration: its number, environment steps so far and per second, mean return of the last episodes.
+
+    RLlib's own mean is that of the few episodes, or none, which an iteration has finished; this is over iterations that
+    hold at least EPISODES of them (all there are before that; nan before the first).
+    """
 
     iteration: int
     steps: int
@@ -54,13 +61,19 @@ class Progress:
 
 def iterate(algo: Algorithm, steps: int) -> Iterator[Progress]:
     """Trains until `steps` environment steps have been made."""
-    before = checkpoint.steps(algo)
+    before, ended = checkpoint.steps(algo), deque()
     while before < steps:
         began = time.perf_counter()
         result = algo.train()
         seconds, after = time.perf_counter() - began, checkpoint.steps(algo)
-        mean = result["env_runners"].get("episode_return_mean", math.nan)
-        yield Progress(algo.iteration, after, float(mean), (after - before) / seconds)
+        count = int(result["env_runners"].get("num_episodes", 0))
+        if count:
+            ended.append((count, count * float(result["env_runners"]["episode_return_mean"])))
+        while sum(number for number, _ in ended) - (ended[0][0] if ended else 0) >= EPISODES:
+            ended.popleft()
+        number = sum(number for number, _ in ended)
+        mean = sum(total for _, total in ended) / number if number else math.nan
+        yield Progress(algo.iteration, after, mean, (after - before) / seconds)
         before = after
 
 

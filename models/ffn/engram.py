@@ -86,6 +86,8 @@ class Engram(Stateful):
 
         A convolution whose taps are one-hot is a shift that knows documents and padding. fp32 holds ids below 2^24.
         """
+        if at.ids_BT is None:
+            raise ValueError("engram: looks up token ids, and this model's inputs are not tokens; choose another ffn")
         order = self.config.order
         x_BTN = (at.ids_BT + 1).float()[..., None].expand(-1, -1, order).contiguous()
         one_hot = torch.eye(order, device=x_BTN.device).flip(1)

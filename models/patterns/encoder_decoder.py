@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models.block import Block, tile
+from models.block import Block, draw_linears, tile
 from models.decoder import Decoder
 from models.layers.cross_attention import CrossAttention
 from models.layers.norm import RMSNorm
@@ -58,7 +58,7 @@ class EncoderDecoder(Decoder):
         layers = tile(config.encoder, config.ffn, config.dim, config.encoder_layers, config.vocab)
         self.encoder = nn.ModuleList(Block(mixer, ffn, config.dim, config.eps) for mixer, ffn, _ in layers)
         self.encoder_norm = RMSNorm(config.dim, config.eps)
-        self._init_weights()
+        draw_linears(self.encoder, config.encoder_layers)
 
     def block(self, mixer: Stateful, ffn: Stateful, place: Place) -> Block:
         c = self.config

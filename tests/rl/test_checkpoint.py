@@ -1,6 +1,9 @@
 """A run goes on from its checkpoint: every runner holds the learner's weights, and counters and schedules survive."""
 
 import dataclasses
+import json
+import os
+import signal
 import time
 from collections import deque
 
@@ -64,7 +67,8 @@ def assert_runners_hold(algo, state) -> None:
         assert same({name: torch.from_numpy(value) for name, value in weights.items()}, state["weights"])
 
 
-def test_five_restores(cluster, tmp_path):
+@pytest.mark.parametrize("restores", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_restores(cluster, tmp_path, restores):
     algo = configure(RUN).build_algo()
     for _ in range(3):
         algo.train()
@@ -75,13 +79,13 @@ def test_five_restores(cluster, tmp_path):
     assert before["lr"] < RUN.lr and before["kl"] != RUN.kl, "nothing has moved: the test shows nothing"
     files = {path.name for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"manifest.json", "state.json", "state.safetensors"}
-    for _ in range(5):
+    for restore in range(restores):
         assert checkpoint.latest(str(tmp_path / "checkpoints")) == uri
         algo = checkpoint.load(uri)
         assert same(learner_state(algo), before)
         assert_runners_hold(algo, before)
-        algo.stop()
-    algo = checkpoint.load(uri)
+        if restore + 1 < restores:
+            algo.stop()
     result = algo.train()
     after = learner_state(algo)
     assert after["iteration"] == 4 and result["training_iteration"] == 4
@@ -99,7 +103,7 @@ def test_a_killed_runner_does_not_end_the_run(cluster):
     algo.train()
     group = algo.env_runner_group
     before = checkpoint.steps(algo)
-    kill(group.foreach_env_runner(_process, local_env_runner=False)[0])
+    os.kill(group.foreach_env_runner(lambda runner: os.getpid(), local_env_runner=False)[0], signal.SIGKILL)
     deadline = time.monotonic() + 60
     while checkpoint.steps(algo) == before or group.num_healthy_remote_workers() < 2:
         assert time.monotonic() < deadline, "the killed runner did not come back"
@@ -108,19 +112,6 @@ def test_a_killed_runner_does_not_end_the_run(cluster):
     assert group.num_healthy_remote_workers() == 2
     assert_runners_hold(algo, learner_state(algo))
     algo.stop()
-
-
-def _process(runner) -> int:
-    import os
-
-    return os.getpid()
-
-
-def kill(process: int) -> None:
-    import os
-    import signal
-
-    os.kill(process, signal.SIGKILL)
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(cluster, tmp_path):
@@ -144,7 +135,7 @@ def test_trees_survive_json():
         "h": deque([1, 2], maxlen=5),
     }
     tensors = {}
-    back = checkpoint._from_json(checkpoint.json.loads(checkpoint.json.dumps(checkpoint._to_json(tree, tensors))), tensors)
+    back = checkpoint._from_json(json.loads(json.dumps(checkpoint._to_json(tree, tensors))), tensors)
     assert list(back) == list(tree) and back["a"] == tree["a"] and back[3] == tree[3] and back["h"] == tree["h"]
     assert back["h"].maxlen == 5
     for name, value in tree["c"].items():
@@ -155,4 +146,4 @@ def test_trees_survive_json():
 
 
 def test_a_run_survives_json():
-    assert checkpoint.from_json(checkpoint.json.loads(checkpoint.json.dumps(checkpoint.to_json(RUN)))) == RUN
+    assert checkpoint.from_json(json.loads(json.dumps(checkpoint.to_json(RUN)))) == RUN

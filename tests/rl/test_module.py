@@ -16,10 +16,11 @@ from rl.module import Config, Policy, make_config
 
 SMALL = Config(dim=32, layers=2, context=12, max_seq_len=5)
 BOX = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+TWO = gym.spaces.Discrete(2)
 MIXERS = registry.names(kind="mixer")
 
 
-def policy(pattern="gqa", observations=BOX, actions=gym.spaces.Discrete(2), **options) -> Policy:
+def policy(pattern="gqa", observations=BOX, actions=TWO, **options) -> Policy:
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, pattern=pattern, **options)
     module = Policy(observation_space=observations, action_space=actions, model_config=dataclasses.asdict(config))
@@ -56,7 +57,10 @@ def test_training_computes_what_sampling_computed(pattern):
     obs_BT3 = torch.randn(2, 40, 3)
     logits_BTA, states = walk(module, obs_BT3)
     for start in (0, 5, 11, 25, 30):
-        batch = {Columns.OBS: obs_BT3[:, start : start + 7], Columns.STATE_IN: {n: v.clone() for n, v in states[start].items()}}
+        batch = {
+            Columns.OBS: obs_BT3[:, start : start + 7],
+            Columns.STATE_IN: {n: v.clone() for n, v in states[start].items()},
+        }
         trained = module.forward_train(batch)[Columns.ACTION_DIST_INPUTS]
         torch.testing.assert_close(trained, logits_BTA[:, start : start + 7].clone(), atol=1e-4, rtol=1e-4)
 
@@ -92,7 +96,9 @@ def test_unbounded_memory_begins_afresh_every_context_steps():
     logits, _ = walk(module, obs_BT3)
     for start in (SMALL.context, 2 * SMALL.context):
         alone, _ = walk(module, obs_BT3[:, start : start + SMALL.context])
-        torch.testing.assert_close(logits[:, start : start + SMALL.context].clone(), alone.clone(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            logits[:, start : start + SMALL.context].clone(), alone.clone(), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_initial_state_is_that_of_one_row_in_numpy():
@@ -196,7 +202,10 @@ def test_the_learner_recomputes_the_runners_log_probabilities(cluster, pattern):
 @torch.no_grad()
 def bootstrap(module: Policy, chunk) -> float:
     """Value of the chunk's last observation, walked step by step from the chunk's first stored state."""
-    state = {n: torch.from_numpy(np.asarray(v))[None] for n, v in chunk.custom_data["fragment_starts"][chunk.t_started].items()}
+    state = {
+        n: torch.from_numpy(np.asarray(v))[None]
+        for n, v in chunk.custom_data["fragment_starts"][chunk.t_started].items()
+    }
     for obs in chunk.get_observations():
         x_BTD, state = module.step(torch.from_numpy(obs)[None, None], state)
     return float(module.value(x_BTD))
