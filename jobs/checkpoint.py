@@ -46,7 +46,7 @@ def step_of(uri: str) -> int:
 def save(run: Path, job: Job, engine: Engine, place: Place, tokenizer: str) -> None:
     """Writes a checkpoint and drops old ones. Every rank calls it; rank 0 writes.
 
-    tokenizer: the text of tokenizer.json. Returns on all ranks once the checkpoint is complete.
+    tokenizer: the text of tokenizer.json, empty when there is none. Returns on all ranks once it is complete.
     """
     state, random = engine.state(), _random(engine.device)
     rank, ranks = world()
@@ -54,7 +54,7 @@ def save(run: Path, job: Job, engine: Engine, place: Place, tokenizer: str) -> N
         uri = storage.join(parent(run), f"{PREFIX}{place.step:08d}")
         files = {
             "config.json": json.dumps(model_to_json(job.model), indent=1),
-            "tokenizer.json": tokenizer,
+            **({"tokenizer.json": tokenizer} if tokenizer else {}),
             "model.safetensors": state.weights,
             "optimizer.safetensors": state.moments,
             "random.safetensors": random,

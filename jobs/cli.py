@@ -62,10 +62,11 @@ def parse(program: str, arguments: list[str]) -> Job:
         fail(error)
 
 
-def override(job: Job, program: str, arguments: list[str]) -> Job:
-    """`job` with options replaced. ValueError, one line, for an unknown option or a wrong value."""
+def override(job: Any, program: str, arguments: list[str]) -> Any:
+    """A job, or another config, with options replaced. ValueError, one line, for an unknown option or a wrong value."""
     import tyro
 
+    kind = Job[type(job.model), type(job.data)] if isinstance(job, Job) else type(job)
     known = options(job)
     for argument in arguments:
         word = argument.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -76,7 +77,7 @@ def override(job: Job, program: str, arguments: list[str]) -> Job:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(Job[type(job.model)], default=job, prog=program, args=arguments, use_underscores=True)
+            return tyro.cli(kind, default=job, prog=program, args=arguments, use_underscores=True)
     except SystemExit as end:
         if not end.code:
             raise  # --help was printed

@@ -5,37 +5,41 @@ The resolved job is stored with its run. Going on with a run under a job that wo
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import nn
 
-from jobs.data import Data
+from jobs.data import Arrays, Chats, Data
 from jobs.optim import Optim
 from models import registry
 from models.config import from_json as model_from_json
 from models.config import to_json as model_to_json
+from models.decoder import Decoder
 
 ModelConfig = TypeVar("ModelConfig")
+DataConfig = TypeVar("DataConfig")
 
 # Fields in which a run may differ when it goes on: they change how it is computed or watched, not what is learnt.
 # `steps` is one of them so that a finished run can be made longer.
 FREE = (
     "steps", "accumulate", "engine", "zero", "workers", "threads", "device",
-    "eval_every", "eval_rows", "save_every", "keep", "max_failures",
+    "eval_every", "eval_rows", "save_every", "keep", "max_failures", "checkpointing",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Job(Generic[ModelConfig]):
-    """Pretraining of one model on one corpus."""
+class Job(Generic[ModelConfig, DataConfig]):
+    """Pretraining of one model on one corpus, of text (Data), conversations (Chats) or rows of tensors (Arrays)."""
 
     name: str
     """Name of the run, its folder under EDIFICE_HOME/runs. The same name again goes on where it ended."""
     model: ModelConfig
     """Config of the architecture."""
-    data: Data = field(default_factory=Data)
-    """The corpus and its tokenizer."""
+    data: DataConfig = field(default_factory=Data)
+    """The corpus, for text with its tokenizer."""
+    start: str = ""
+    """Run or model folder whose weights training starts from; empty: fresh ones."""
     optim: Optim = field(default_factory=Optim)
     """AdamW and its schedule."""
     steps: int = 1000
@@ -43,9 +47,11 @@ class Job(Generic[ModelConfig]):
     batch: int = 16
     """Rows of a step, over all workers and micro-batches."""
     length: int = 512
-    """Tokens of a row."""
+    """Tokens of a row of text; 1 for rows of tensors."""
     accumulate: int = 1
     """Micro-batches a worker splits its rows of a step into."""
+    checkpointing: Literal["none", "block"] = "none"
+    """Activations kept for the backward pass: all, or of each block its input, the rest being computed again."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What is computed in; weights and moments are always kept in fp32."""
     engine: Literal["torch", "deepspeed"] = "torch"
@@ -94,16 +100,27 @@ def check(job: Job) -> None:
         raise ValueError(f"zero={job.zero}: ZeRO is DeepSpeed's; add --engine deepspeed, or set --zero 0")
     if job.engine == "deepspeed" and job.workers == 0:
         raise ValueError("engine=deepspeed: runs in Ray Train workers; set --workers 1 or more, or --engine torch")
-    if not job.data.tokenizer and job.model.vocab < job.data.vocab:
+    if isinstance(job.data, Arrays):
+        if job.length != 1:
+            raise ValueError(f"length={job.length}: a row of {job.data.source} is one item; set --length 1")
+    elif "vocab" not in {f.name for f in dataclasses.fields(job.model)}:
+        name = registry.name_of(registry.owner(job.model))
+        raise ValueError(f"model {name} does not read text; give the recipe data=Arrays(...)")
+    elif not job.data.tokenizer and job.model.vocab < job.data.vocab:
         raise ValueError(
             f"model.vocab={job.model.vocab}: smaller than data.vocab={job.data.vocab}; "
             f"set --model.vocab {job.data.vocab}"
         )
+    if job.checkpointing == "block" and not issubclass(registry.owner(job.model), Decoder):
+        raise ValueError("checkpointing=block: only decoders have blocks to compute again; set --checkpointing none")
     try:
         job.data.check()
     except ValueError as error:
         raise ValueError(f"data.{error}") from None
-    build(job)  # for the errors of the architecture's own config; on the CPU, since not every one initialises on meta
+    model = build(job)  # for the errors of the architecture's own config; on the CPU: not every one initialises on meta
+    phases = len(set(model.phases()))
+    if job.zero == 3 and phases > 1:
+        raise ValueError(f"zero=3: ZeRO-3 trains one phase, this model has {phases}; set --zero 2 or less")
 
 
 def build(job: Job) -> nn.Module:
@@ -125,7 +142,9 @@ def to_json(job: Job) -> dict[str, Any]:
 
 def from_json(record: dict[str, Any]) -> Job:
     """The inverse of `to_json`; unknown fields are errors."""
-    model, data, optim = model_from_json(record["model"]), Data(**record["data"]), Optim(**record["optim"])
+    kinds = {source: kind for kind in (Arrays, Chats, Data) for source in get_args(get_type_hints(kind)["source"])}
+    kind = kinds[record["data"]["source"]]
+    model, data, optim = model_from_json(record["model"]), kind(**record["data"]), Optim(**record["optim"])
     return Job(**{**record, "model": model, "data": data, "optim": optim})
 
 

@@ -1,7 +1,7 @@
 """What updates a model: one interface, plain torch here, DeepSpeed in `jobs.zero`.
 
     step(batches, lr) -> record     forward, backward and update on this rank's micro-batches of one global step
-    evaluate(batch) -> (sum, items) loss without gradients
+    evaluate(batch) -> (sum, items) loss without gradients; measure(batch): also the model's metrics
     state() / load(state)           full fp32 tensors by parameter name, the same from any engine, world size or stage
 
 A micro-batch's loss is a mean over `model.weight(batch)` items. Each is weighted by its share of the items of the whole
@@ -10,8 +10,12 @@ one process computes on it at once.
 
 bf16 is a bf16 copy of the weights for compute, with fp32 weights, gradients and moments kept for the update. That is
 DeepSpeed's scheme, so both engines follow the same curve.
+
+An engine trains one phase of its model; `jobs.phases` makes one engine of several.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -56,10 +60,16 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in kept}
 
 
-def check_names(model: nn.Module, state: State) -> None:
-    """ValueError when a checkpoint is not of this model."""
-    expected = dict(model.named_parameters()) | buffers(model)
-    missing, extra = expected.keys() - state.weights.keys(), state.weights.keys() - expected.keys()
+def parameters_of(model: nn.Module, phase: str) -> dict[str, nn.Parameter]:
+    """name -> parameter that belongs to a phase: those of the submodule it is named after; to "main" all."""
+    named = dict(model.named_parameters())
+    return named if phase == "main" else {name: p for name, p in named.items() if name.startswith(phase + ".")}
+
+
+def check_names(model: nn.Module, state: State, phase: str = "main") -> None:
+    """ValueError when a checkpoint is not of this model, or lacks something of this phase."""
+    expected, known = parameters_of(model, phase) | buffers(model), parameters_of(model, "main") | buffers(model)
+    missing, extra = expected.keys() - state.weights.keys(), state.weights.keys() - known.keys()
     if missing or extra:
         raise ValueError(
             f"the checkpoint is of another model: it lacks {sorted(missing)[:3]} and has unknown {sorted(extra)[:3]}"
@@ -67,23 +77,39 @@ def check_names(model: nn.Module, state: State) -> None:
 
 
 class Engine:
-    """The part of a step that does not depend on who updates the weights."""
+    """The part of a step that does not depend on who updates the weights.
 
-    def __init__(self, model: nn.Module, optim: Optim, precision: str, device: torch.device) -> None:
-        if tuple(model.phases()) != ("main",):
-            raise ValueError(f"{type(model).__name__} trains in phases {model.phases()}; an engine runs only main")
+    phase: of the model, its own parameters are the only ones that change.
+    """
+
+    def __init__(
+        self, model: nn.Module, optim: Optim, precision: str, device: torch.device, phase: str = "main"
+    ) -> None:
+        if phase not in model.phases():
+            raise ValueError(f"{type(model).__name__} trains in phases {model.phases()}; {phase!r} is none of them")
         self.model, self.optim, self.precision, self.device = model.to(device), optim, precision, device
+        self.phase, self.named = phase, parameters_of(self.model, phase)
         self.updates = 0
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.model(batch)
+        return self.model(batch, self.phase)
 
     def step(self, batches: list[Batch], lr: float) -> dict[str, float]:
+        """One step of a model with one phase: `update`, then the model's own `after_step`."""
+        record = self.update(batches, lr)
+        self._after_step()
+        return record
+
+    def update(self, batches: list[Batch], lr: float) -> dict[str, float]:
         """One update from this rank's micro-batches; the same record on every rank.
 
         record: loss and the model's metrics (means over all items of the step), grad_norm before clipping, items.
         """
         self.model.train()
+        with self._others_frozen():
+            return self._update_from(batches, lr)
+
+    def _update_from(self, batches: list[Batch], lr: float) -> dict[str, float]:
         batches = [self._move(batch) for batch in batches]
         weights = [self.model.weight(batch).double() for batch in batches]
         items = sum_over_ranks(torch.stack(weights).sum())
@@ -96,19 +122,35 @@ class Engine:
             self._backward(loss * (weight / items).to(loss.dtype), last=index == len(batches) - 1)
         norm = self._update(lr)
         self.updates += 1
-        self._after_step()
         names = sorted(sums)
         means = (sum_over_ranks(torch.stack([sums[name] for name in names])) / items).tolist()
         return {**dict(zip(names, means, strict=True)), "grad_norm": float(norm), "items": int(items)}
 
-    @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """(summed loss, items) of one batch on this rank."""
+        sums, items = self.measure(batch)
+        return sums["loss"], items
+
+    @torch.no_grad()
+    def measure(self, batch: Batch) -> tuple[dict[str, float], int]:
+        """({loss and the model's metrics: their sums over the items}, items) of one batch on this rank."""
         self.model.eval()
         batch = self._move(batch)
         weight = self.model.weight(batch)
         loss, metrics = self.forward(batch)
-        return float(metrics.get("loss", loss).double() * weight), int(weight)
+        return {name: float(value.double() * weight) for name, value in ({"loss": loss} | metrics).items()}, int(weight)
+
+    @contextmanager
+    def _others_frozen(self) -> Iterator[None]:
+        """Within: other phases' parameters take no gradients, which those phases would otherwise find."""
+        others = [p for n, p in self.model.named_parameters() if p.requires_grad and n not in self.named]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     def _move(self, batch: Batch) -> Batch:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -127,10 +169,15 @@ class TorchEngine(Engine):
     """Plain torch on any number of ranks: gradients are summed in one flat all-reduce, weights are whole everywhere."""
 
     def __init__(
-        self, model: nn.Module, optim: Optim, precision: str = "fp32", device: torch.device | str = "cpu"
+        self,
+        model: nn.Module,
+        optim: Optim,
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+        phase: str = "main",
     ) -> None:
-        super().__init__(model, optim, precision, torch.device(device))
-        self.compute = dict(self.model.named_parameters())
+        super().__init__(model, optim, precision, torch.device(device), phase)
+        self.compute = self.named
         self.master = self.compute
         if precision == "bf16":
             self.master = {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in self.compute.items()}
@@ -193,7 +240,7 @@ class TorchEngine(Engine):
     @torch.no_grad()
     def load(self, state: State) -> None:
         """Continues from `state`, which is whole on every rank."""
-        check_names(self.model, state)
+        check_names(self.model, state, self.phase)
         for name, value in (self.master | buffers(self.model)).items():
             value.copy_(state.weights[name])
         for name, parameter in self.trained.items():

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from cluster import storage
-from jobs import checkpoint
+from jobs import checkpoint, given
 from jobs.config import Job, build
-from jobs.data import Prepared
+from jobs.data import Prepared, index_of
 from jobs.data import tokenizer as tokenizers
 from jobs.data.index import Index
 from jobs.data.loader import Loader
 from jobs.engine import Engine, TorchEngine, sum_over_ranks, world
-from jobs.record import Recorder, read
+from jobs.phases import Phases
+from jobs.record import HEADLINES, Recorder, read
 
 EVAL_ROWS = 8  # of one forward; fixed, so that the sum is the same, bit for bit, on any number of ranks
 
@@ -31,12 +32,13 @@ PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S":
 
 @dataclass(frozen=True)
 class Summary:
-    """How a run stands: steps made, of how many, and validation bits per byte before the first and after the last."""
+    """How a run stands: steps made, of how many, and a validation measure before the first and after the last."""
 
     step: int
     steps: int
     first: float
     last: float
+    measure: str
 
     @property
     def finished(self) -> bool:
@@ -46,18 +48,28 @@ class Summary:
 def summary(run: Path, job: Job) -> Summary:
     """Read from a run's folder."""
     found = checkpoint.latest(run)
-    values = [record["val_bits_per_byte"] for record in read(run) if "val_loss" in record] or [math.nan]
-    return Summary(checkpoint.step_of(found) if found else 0, job.steps, values[0], values[-1])
+    records = [record for record in read(run) if "val_loss" in record]
+    name = next((name for name in HEADLINES if records and name in records[0]), "val_loss")
+    values = [record[name] for record in records] or [math.nan]
+    return Summary(checkpoint.step_of(found) if found else 0, job.steps, values[0], values[-1], HEADLINES[name])
 
 
 def make_engine(job: Job, model: nn.Module, device: torch.device) -> Engine:
     """The job's engine around a model."""
+    if job.checkpointing == "block":
+        model.recompute = True
+    if tuple(model.phases()) != ("main",):
+        return Phases(model, lambda phase: _engine_of(job, model, device, phase), device)
+    return _engine_of(job, model, device, "main")
+
+
+def _engine_of(job: Job, model: nn.Module, device: torch.device, phase: str) -> Engine:
     if job.engine == "torch":
-        return TorchEngine(model, job.optim, job.precision, device)
+        return TorchEngine(model, job.optim, job.precision, device, phase)
     from jobs.zero import DeepSpeedEngine
 
     rows = job.batch // world()[1] // job.accumulate
-    return DeepSpeedEngine(model, job.optim, job.precision, device, job.zero, job.accumulate, rows)
+    return DeepSpeedEngine(model, job.optim, job.precision, device, job.zero, job.accumulate, rows, phase)
 
 
 def train(
@@ -76,21 +88,23 @@ def train(
     torch.manual_seed(job.seed * 100_003 + rank)  # dropout and the like; a checkpoint brings its own state
     model = build(job)
     parameters, flops = sum(p.numel() for p in model.parameters()), 6 * _matmul_parameters(model)  # ZeRO-3 hides sizes
+    if job.start and checkpoint.latest(run) is None:
+        given.fill(model, job.start)
     engine = make_engine(job, model, device)
     place = checkpoint.load(run, engine)
-    tokenizer = storage.read(prepared.tokenizer).decode()
-    bytes_C = tokenizers.token_bytes(tokenizers.parse(tokenizer))
-    index = Index(prepared.folder, "train", job.length, job.seed)
-    held_out = Index(prepared.folder, "val", job.length)
+    tokenizer = storage.read(prepared.tokenizer).decode() if prepared.tokenizer else ""
+    bytes_C = tokenizers.token_bytes(tokenizers.parse(tokenizer)) if tokenizer else None
+    index, held_out = index_of(prepared, "train", job.length, job.seed), index_of(prepared, "val", job.length)
+    size = f"{index.tokens / 1e6:.2f} M tokens" if tokenizer else f"{index.samples_per_epoch:,} rows"
     say = say if rank == 0 else lambda line: None
     say(
         f"{parameters / 1e6:.2f} M parameters on {ranks} x {device.type}, {job.engine}"
         + (f" ZeRO-{job.zero}" if job.engine == "deepspeed" else "")
-        + f", {job.precision}; {index.tokens / 1e6:.2f} M tokens, {job.batch * job.length:,} a step"
+        + f", {job.precision}; {size}, {job.batch * job.length:,} a step"
         + (f"; going on at step {place.step}" if place.step else "")
     )
     recorder = Recorder(run, place.step, job.steps, say) if rank == 0 else None
-    peak = _peak(device) if job.precision == "bf16" else 0.0
+    peak = _peak(device) if tokenizer and job.precision == "bf16" else 0.0
     loader = Loader(index, job.batch, rank, ranks, job.accumulate, place.samples)
     try:
         if place.step == 0:
@@ -101,16 +115,21 @@ def train(
             record = engine.step(batches, lr)
             stopping, bytes_ = _agree(stop(), batches, bytes_C, device)
             seconds = time.perf_counter() - began
-            if not math.isfinite(record["loss"]) or not math.isfinite(record["grad_norm"]):
-                raise ValueError(
-                    f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']} is no number; lower "
-                    "--optim.lr or raise --optim.warmup; going on starts at the last checkpoint"
-                )
+            for phase in (name.removesuffix("grad_norm") for name in record if name.endswith("grad_norm")):
+                loss, norm = record[phase + "loss"], record[phase + "grad_norm"]
+                if not math.isfinite(loss) or not math.isfinite(norm):
+                    raise ValueError(
+                        f"step {step}: {phase}loss {loss}, gradient norm {norm} is no number; lower "
+                        "--optim.lr or raise --optim.warmup; going on starts at the last checkpoint"
+                    )
             if recorder:
                 items = record.pop("items")
                 speed = job.batch * job.length / seconds
-                line = {"step": step, **record, "bits_per_byte": record["loss"] * items / math.log(2) / max(bytes_, 1)}
-                line |= {"lr": lr, "tokens": step * job.batch * job.length, "tokens_per_s": speed, "seconds": seconds}
+                line = {"step": step, **record}
+                if tokenizer:
+                    line["bits_per_byte"] = record["loss"] * items / math.log(2) / max(bytes_, 1)
+                unit = "tokens" if tokenizer else "rows"
+                line |= {"lr": lr, unit: step * job.batch * job.length, f"{unit}_per_s": speed, "seconds": seconds}
                 if peak:
                     line["mfu"] = speed * flops / (peak * ranks)
                 recorder.write(line)
@@ -129,31 +148,49 @@ def train(
             recorder.close()
 
 
-def _agree(stop: bool, batches: list[dict[str, Tensor]], bytes_C: Tensor, device: torch.device) -> tuple[bool, int]:
+def _agree(
+    stop: bool, batches: list[dict[str, Tensor]], bytes_C: Tensor | None, device: torch.device
+) -> tuple[bool, int]:
     """(whether any rank was asked to stop, bytes of text the step's targets stand for), the same on every rank."""
-    count = sum(int(bytes_C[batch["targets_BT"].clamp(min=0)][batch["targets_BT"] >= 0].sum()) for batch in batches)
+    count = sum(_bytes(batch, bytes_C) for batch in batches)
     asked, bytes_ = sum_over_ranks(torch.tensor([int(stop), count], device=device)).tolist()
     return bool(asked), bytes_
 
 
-def _evaluate(job: Job, engine: Engine, held_out: Index, bytes_C: Tensor, step: int, recorder: Recorder | None) -> None:
-    """Validation loss and bits per byte on the first rows of the held-out text, shared out over the ranks."""
+def _bytes(batch: dict[str, Tensor], bytes_C: Tensor | None) -> int:
+    """Bytes of text that the targets of a batch stand for; 0 where it is no text."""
+    return 0 if bytes_C is None else int(bytes_C[batch["targets_BT"][batch["targets_BT"] >= 0]].sum())
+
+
+def _evaluate(
+    job: Job, engine: Engine, held_out: Index, bytes_C: Tensor | None, step: int, recorder: Recorder | None
+) -> None:
+    """Validation loss, bits per byte of text, and the model's own metrics on the first held-out rows, shared out over
+    the ranks. What a model draws at random is the same every time, and takes nothing from the training's stream.
+    """
     rows = min(job.eval_rows, held_out.samples_per_epoch)
     starts = list(range(0, rows, EVAL_ROWS))
     rank, ranks = world()
-    sums = torch.zeros(len(starts), 3, dtype=torch.float64)
+    sums: list[list[float]] = []
+    devices = [engine.device] if engine.device.type == "cuda" else []
     for turn in range(math.ceil(len(starts) / ranks)):
         mine = turn * ranks + rank
         start = starts[min(mine, len(starts) - 1)]  # a rank without a share left still runs a forward, for ZeRO-3
         batch = held_out.rows(start, min(EVAL_ROWS, rows - start))
-        loss, items = engine.evaluate(batch)
-        if mine < len(starts):
-            targets_BT = batch["targets_BT"]
-            sums[mine] = torch.tensor([loss, items, int(bytes_C[targets_BT[targets_BT >= 0]].sum())])
-    loss, items, bytes_ = sum_over_ranks(sums.to(engine.device)).cpu().sum(0).tolist()
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(start)
+            measured, items = engine.measure(batch)
+        names = list(measured)
+        for other in range(turn * ranks, min(turn * ranks + ranks, len(starts))):
+            values = [*measured.values(), items, _bytes(batch, bytes_C)]
+            sums.append(values if other == mine else [0.0] * len(values))
+    whole = sum_over_ranks(torch.tensor(sums, dtype=torch.float64).to(engine.device)).cpu().sum(0).tolist()
+    *totals, items, bytes_ = whole
     if recorder:
-        values = {"val_loss": loss / max(items, 1), "val_bits_per_byte": loss / math.log(2) / max(bytes_, 1)}
-        recorder.evaluation({"step": step, **values})
+        record = {f"val_{name}": total / max(items, 1) for name, total in zip(names, totals, strict=True)}
+        if bytes_C is not None:
+            record["val_bits_per_byte"] = record["val_loss"] * items / math.log(2) / max(bytes_, 1)
+        recorder.evaluation({"step": step, **record})
 
 
 def _peak(device: torch.device) -> float:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cluster import session, storage
-from jobs import cli
+from jobs import cli, given, report
 from jobs.config import Job, check, differences, to_json
 from jobs.data import Prepared, prepare
 from jobs.loop import Summary, summary, train
@@ -42,11 +42,13 @@ def pretrain(job: Job) -> Summary:
                 "give those options as they were, or start a new run with --name"
             )
     prepared = prepare(job.data)
-    if job.model.vocab < prepared.vocab:
+    if prepared.tokenizer and job.model.vocab < prepared.vocab:
         raise ValueError(
             f"model.vocab={job.model.vocab}: the tokenizer has {prepared.vocab} classes; "
             f"set --model.vocab {prepared.vocab}"
         )
+    if job.start and not stored.exists():
+        given.check(job, prepared)
     with _lock(run, job.name):
         state = summary(run, job)
         if state.finished:
@@ -57,7 +59,10 @@ def pretrain(job: Job) -> Summary:
             _with_ray(job, run)
         else:
             _in_process(job, prepared, run)
-    return summary(run, job)
+        state = summary(run, job)
+        if state.finished:
+            report.after(run)
+    return state
 
 
 def _with_ray(job: Job, run: Path) -> None:
@@ -109,7 +114,11 @@ def _lock(run: Path, name: str) -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> None:
-    job = cli.parse("jobs.pretrain", arguments)
+    finish(cli.parse("jobs.pretrain", arguments))
+
+
+def finish(job: Job) -> None:
+    """Trains the job, prints how it stands, and ends the program as its outcome says."""
     try:
         state = pretrain(job)
     except ValueError as error:
@@ -118,7 +127,7 @@ def main(arguments: list[str]) -> None:
         cli.fail(error, code=1)
     print(
         f"run {job.name}: {state.step}/{state.steps} steps, "
-        f"validation bits/byte {state.first:.4f} -> {state.last:.4f}, {run_folder(job.name)}",
+        f"validation {state.measure} {state.first:.4f} -> {state.last:.4f}, {run_folder(job.name)}",
         flush=True,
     )
     if not state.finished:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "metrics.jsonl"
+# What a run is judged by, the first that it has: name in an evaluation -> how it is called.
+HEADLINES = {"val_bits_per_byte": "bits/byte", "val_accuracy": "accuracy", "val_loss": "loss"}
 
 
 def read(run: Path) -> list[dict[str, Any]]:
@@ -57,20 +59,21 @@ class Recorder:
             return
         self.shown = now
         left = (now - self.began) / (step - self.first) * (self.steps - step)
-        bits = f"  bits/byte {record['bits_per_byte']:.3f}" if "bits_per_byte" in record else ""
+        shown = {"bits_per_byte": "bits/byte", "accuracy": "accuracy"} | {n: n for n in record if n.endswith(".loss")}
+        more = "".join(f"  {title} {record[name]:.3f}" for name, title in shown.items() if name in record)
+        unit = "tokens" if "tokens_per_s" in record else "rows"
         mfu = f"  MFU {record['mfu']:.1%}" if "mfu" in record else ""
-        speed = f"{record['tokens_per_s']:,.0f} tokens/s{mfu}  ETA {int(left) // 60}:{int(left) % 60:02d}"
+        speed = f"{record[unit + '_per_s']:,.0f} {unit}/s{mfu}  ETA {int(left) // 60}:{int(left) % 60:02d}"
         self.say(
-            f"step {step}/{self.steps}  loss {record['loss']:.4f}{bits}  norm {record['grad_norm']:.2f}"
+            f"step {step}/{self.steps}  loss {record['loss']:.4f}{more}  norm {record['grad_norm']:.2f}"
             f"  lr {record['lr']:.2e}  {speed}"
         )
 
     def evaluation(self, record: dict[str, Any]) -> None:
         self.write(record)
-        self.say(
-            f"step {record['step']}/{self.steps}  validation loss {record['val_loss']:.4f}"
-            f"  bits/byte {record['val_bits_per_byte']:.4f}"
-        )
+        titles = {name: HEADLINES.get(name, name.removeprefix("val_")) for name in record if name != "step"}
+        values = "  ".join(f"{title} {record[name]:.4f}" for name, title in titles.items())
+        self.say(f"step {record['step']}/{self.steps}  validation {values}")
 
     def close(self) -> None:
         self.file.close()
@@ -79,17 +82,22 @@ class Recorder:
 
 
 def plot(run: Path) -> None:
-    """Draws loss.png from metrics.jsonl: training and validation loss, and bits per byte."""
+    """Draws loss.png from metrics.jsonl: training and validation loss, and bits per byte, accuracy or other losses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     records = read(run)
     training = [record for record in records if "loss" in record]
     validation = [record for record in records if "val_loss" in record]
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    titles = {"loss": "loss", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+    known = {name for record in records for name in record}
+    titles |= {name: name for name in sorted(known) if name.endswith(".loss") and not name.startswith("val_")}
+    if "bits_per_byte" in known:
+        titles["loss"] = "loss (nats per token)"
+    drawn = {name: title for name, title in titles.items() if name == "loss" or name in known}
+    figure = Figure(figsize=(4.5 * len(drawn), 3.5), layout="constrained")
     FigureCanvasAgg(figure)
-    loss, bits = figure.subplots(1, 2)
-    for axes, name, title in ((loss, "loss", "loss (nats per token)"), (bits, "bits_per_byte", "bits per byte")):
+    for axes, (name, title) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         steps = [record["step"] for record in training]
         axes.plot(steps, [record[name] for record in training], lw=0.8, alpha=0.6, label="training")
         steps = [record["step"] for record in validation]

@@ -17,10 +17,22 @@ from jobs.engine import Engine, State, buffers, check_names, world
 from jobs.optim import MOMENTS, Optim, adamw, empty_moments
 
 
+class _Phase(nn.Module):
+    """One phase of a model. DeepSpeed hangs its hooks on the module that it gets: here each engine on its own."""
+
+    def __init__(self, model: nn.Module, phase: str) -> None:
+        super().__init__()
+        self.model, self.phase = model, phase
+
+    def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model(batch, self.phase)
+
+
 class DeepSpeedEngine(Engine):
     """`zero` 0: plain data parallel; 1: moments are split over ranks; 2: gradients too; 3: weights too.
 
-    The process group must exist. accumulate: micro-batches of a step; rows: of a micro-batch on one rank.
+    The process group must exist. accumulate: micro-batches of a step; rows: of a micro-batch on one rank. A phase of
+    several needs `zero` < 3.
     """
 
     def __init__(
@@ -32,8 +44,11 @@ class DeepSpeedEngine(Engine):
         zero: int = 0,
         accumulate: int = 1,
         rows: int = 1,
+        phase: str = "main",
     ) -> None:
-        super().__init__(model, optim, precision, torch.device(device))
+        super().__init__(model, optim, precision, torch.device(device), phase)
+        if phase != "main" and zero == 3:
+            raise ValueError("zero=3: ZeRO-3 trains one phase, this model has several; set --zero 2 or less")
         if self.device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is first imported
         warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # a line per collective
@@ -44,11 +59,10 @@ class DeepSpeedEngine(Engine):
         # inference code calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.zero, self.accumulate = zero, accumulate
-        self.named = {name: p for name, p in self.model.named_parameters()}
         fresh = State({n: v.detach().cpu().clone() for n, v in (self.named | buffers(self.model)).items()})
         self.adam = adamw({name: p for name, p in self.named.items() if p.requires_grad}, optim)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=self.model,
+            model=self.model if phase == "main" else _Phase(self.model, phase),
             optimizer=self.adam,
             config=self._config(rows),
             dist_init_required=False,
@@ -89,7 +103,7 @@ class DeepSpeedEngine(Engine):
         return self.zero == 0 and self.precision == "fp32"
 
     def forward(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.deepspeed(batch)
+        return self.deepspeed(batch, self.phase) if self.phase == "main" else self.deepspeed(batch)
 
     def _backward(self, loss: Tensor, last: bool) -> None:
         # DeepSpeed averages over ranks; our losses are already shares of the global mean.
@@ -141,7 +155,7 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def load(self, state: State) -> None:
         """Continues from `state`, which is whole on every rank."""
-        check_names(self.model, state)
+        check_names(self.model, state, self.phase)
         self._make_moments(state.updates)
         masters = self._masters()
         for name, parameter in self.named.items():

@@ -34,7 +34,8 @@ class Model(nn.Module):
         return next(iter(batch.values())).new_tensor(len(next(iter(batch.values()))))
 
     def phases(self) -> tuple[str, ...]:
-        """Names of the phases of a step; their parameters are disjoint and each has an optimizer of its own."""
+        """Phases of a step in order, a name may come twice; each trains the submodule it is named after, with an
+        optimizer of its own. A single `main` trains everything."""
         return ("main",)
 
     def after_step(self) -> None:

@@ -1,7 +1,8 @@
 """Activation checkpointing: a block keeps its input alone, and computes the rest again in its backward pass.
 
-What layers hand up the stack is copied before a block and after it, so that the second run of the block reads what the
-first has read, also where the block itself, or one above it, has added something since.
+What layers hand up the stack goes into a block and comes out of it as tensors, so that the second run of the block
+reads what the first has read and gradients flow through it. torch's reentrant form is the one that works under ZeRO-3:
+there a module's weights have to be gathered anew for the backward pass of the second run.
 """
 
 from dataclasses import replace
@@ -14,14 +15,18 @@ from models.span import Span
 
 def recomputed(block: nn.Module, x_BTD: Tensor, at: Span) -> Tensor:
     """The output of `block(x_BTD, at)` (B, T, D) and its gradients, for the memory of `x_BTD`."""
-    before = dict(at.shared)
+    names, added = tuple(at.shared), ()
 
-    def run(x_BTD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def run(x_BTD: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        nonlocal added
+        before = dict(zip(names, values, strict=True))
         own = replace(at, shared=dict(before))
-        return block(x_BTD, own)[0], own.shared
+        y_BTD, _ = block(x_BTD, own)
+        added = tuple(name for name, value in own.shared.items() if value is not before.get(name))
+        return y_BTD, *(own.shared[name] for name in added)
 
-    # Under ZeRO-3 a weight has its shape only while its module runs, so shapes cannot be compared afterwards; and the
-    # module has to end as it began, so the second run is not broken off at the last tensor that is needed.
-    x_BTD, shared = checkpoint(run, x_BTD, use_reentrant=False, determinism_check="none", early_stop=False)
-    at.shared.update(shared)
+    if not x_BTD.requires_grad:  # below it all is frozen; without this the block's own weights would get no gradient
+        x_BTD = x_BTD.detach().requires_grad_()
+    x_BTD, *values = checkpoint(run, x_BTD, *at.shared.values(), use_reentrant=True)
+    at.shared.update(zip(added, values, strict=True))
     return x_BTD

@@ -5,6 +5,7 @@ A file `models/<folder>/<name>.py` registers the class whose name is the stem in
 """
 
 import dataclasses
+import difflib
 import importlib
 import inspect
 import re
@@ -57,13 +58,9 @@ def names(family: str | None = None, kind: str | None = None) -> list[str]:
 
 
 def lookup(name: str) -> type[nn.Module]:
-    """The class registered under `name`; KeyError lists the nearest names."""
+    """The class registered under `name`; ValueError names the nearest ones."""
     if name not in _files():
-        import difflib
-
-        near = difflib.get_close_matches(name, _files(), 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(names())}"
-        raise ValueError(f"no architecture is called {name!r}; {hint}")
+        raise _unknown(name, names())
     module = importlib.import_module(_files()[name])
     for _, cls in inspect.getmembers(module, inspect.isclass):
         if cls.__module__ == module.__name__ and cls.__name__.lower() == name.replace("_", ""):
@@ -71,8 +68,16 @@ def lookup(name: str) -> type[nn.Module]:
     raise RuntimeError(f"{module.__name__} must define a class named {name!r} in camel case")
 
 
+def _unknown(name: str, known: list[str]) -> ValueError:
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    return ValueError(f"no architecture is called {name!r}; {hint}")
+
+
 def part(name: str, kind: str) -> type[nn.Module]:
     """The class of a part of the given kind."""
+    if name not in _files():
+        raise _unknown(name, names(kind=kind))
     cls = lookup(name)
     if kind_of(name) != kind:
         raise ValueError(f"{name} is a {kind_of(name)}, not a {kind}; known: {', '.join(names(kind=kind))}")

@@ -132,8 +132,7 @@ class GAN(Model):
         loss = discriminator_loss(real_B, fake_B, self.config.loss)
         metrics = {"loss": loss.detach(), "real": real_B.detach().mean(), "fake": fake_B.detach().mean()}
         if self.config.loss == "wgan_gp" and self.training:
-            between_B = torch.rand(len(real_BCHW), device=real_BCHW.device, dtype=real_BCHW.dtype)
-            penalty = gradient_penalty(self.discriminator, real_BCHW, fake_BCHW, between_B)
+            penalty = gradient_penalty(self.discriminator, real_BCHW, fake_BCHW, self.places(len(real_BCHW)))
             loss, metrics["penalty"] = loss + self.config.penalty * penalty, penalty.detach()
         return loss, metrics
 
@@ -141,13 +140,20 @@ class GAN(Model):
         """Images as the discriminator takes them."""
         shape = (self.config.channels, self.config.size, self.config.size)
         if tuple(pixels_BCHW.shape[1:]) != shape:
-            raise ValueError(f"pixels_BCHW: expected (rows, {', '.join(map(str, shape))}), got {tuple(pixels_BCHW.shape)}")
+            raise ValueError(
+                f"pixels_BCHW: expected (rows, {', '.join(map(str, shape))}), got {tuple(pixels_BCHW.shape)}"
+            )
         return (pixels_BCHW.float() * self.config.scale).to(self.generator[0].weight.dtype)
 
     def noise(self, rows: int) -> Tensor:
         """Latents (rows, Z), normal, from torch's own generator."""
         weight = self.generator[0].weight
         return torch.randn(rows, self.config.latent, device=weight.device, dtype=weight.dtype)
+
+    def places(self, rows: int) -> Tensor:
+        """Where between a generated image (0) and a real one (1) the slope is taken: (rows), uniform."""
+        weight = self.generator[0].weight
+        return torch.rand(rows, device=weight.device, dtype=weight.dtype)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -184,7 +190,7 @@ def generator_loss(fake_B: Tensor, loss: str) -> Tensor:
 def gradient_penalty(
     score: Callable[[Tensor], Tensor], real_BCHW: Tensor, fake_BCHW: Tensor, between_B: Tensor
 ) -> Tensor:
-    """Mean squared deviation from 1 of the score's slope at `between_B` of the way from fake to real; differentiable."""
+    """Mean squared deviation from 1 of the score's slope, `between_B` of the way from fake to real; differentiable."""
     between_B111 = between_B[:, None, None, None]
     middle_BCHW = torch.lerp(fake_BCHW.detach(), real_BCHW, between_B111).requires_grad_()
     slope_BCHW = torch.autograd.grad(score(middle_BCHW).sum(), middle_BCHW, create_graph=True)[0]

@@ -24,7 +24,7 @@ def error(capsys, *arguments: str) -> str:
 
 
 MISTAKES = {
-    "tinny": "no recipe 'tinny'; recipes: demo, tiny",
+    "tinny": "no recipe 'tinny'; recipes: demo, gan_digits, tiny, vit_digits",
     "tiny --stps 3": "unknown option --stps; did you mean --steps",
     "tiny --model.width 3": "--model.dim",
     "tiny --steps many": "steps",
