@@ -20,6 +20,7 @@ class Block(Stateful):
 
     kind = "block"
     keeps = True  # its parts do
+    branches = ("mixer", "ffn")  # in order; each is a part, with a norm before it
 
     def __init__(self, mixer: Stateful, ffn: Stateful, dim: int, eps: float) -> None:
         super().__init__()
@@ -27,14 +28,16 @@ class Block(Stateful):
         self.ffn_norm, self.ffn = RMSNorm(dim, eps), ffn
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
-        return prefixed("mixer", self.mixer.state_spec(max_len)) | prefixed("ffn", self.ffn.state_spec(max_len))
+        specs = {name: getattr(self, name).state_spec(max_len) for name in self.branches}
+        return {key: spec for name, part in specs.items() for key, spec in prefixed(name, part).items()}
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
-        y_BTD, mixer_state = self.mixer(self.mixer_norm(x_BTD), at, scope(state, "mixer"))
-        x_BTD = x_BTD + y_BTD
-        y_BTD, ffn_state = self.ffn(self.ffn_norm(x_BTD), at, scope(state, "ffn"))
-        after = None if state is None else prefixed("mixer", mixer_state) | prefixed("ffn", ffn_state)
-        return x_BTD + y_BTD, after
+        after = {}
+        for name in self.branches:
+            y_BTD, part = getattr(self, name)(getattr(self, f"{name}_norm")(x_BTD), at, scope(state, name))
+            x_BTD = x_BTD + y_BTD
+            after |= prefixed(name, part or {})
+        return x_BTD, None if state is None else after
 
 
 def tile(pattern: str, ffn: str, dim: int, layers: int, vocab: int) -> Iterator[tuple[Stateful, Stateful, Place]]:

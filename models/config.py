@@ -7,6 +7,7 @@ they are parsed against the part's own `Config`, so an unknown option is an erro
 
 import ast
 import dataclasses
+import math
 import re
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,9 @@ def parse_pattern(text: str, kind: str) -> list[tuple[type, Any]]:
         if text[position : position + 1] == "(":
             inside = _inside(text, position)
             position, options = position + len(inside) + 2, _options(name, inside)
+        apart = position == len(text) or text[position - 1].isspace() or text[position] in ", "
+        if count == "0" or not apart:
+            raise ValueError(f"{kind} {text!r}: cannot read it at {match.group()!r}; write '3*name other(option=1)'")
         cls = registry.part(name, kind)
         parts += [(cls, make_config(cls, options))] * int(count or 1)
     if not parts:
@@ -72,6 +76,8 @@ def to_json(config: Any) -> dict:
 
 def from_json(record: dict) -> Any:
     """The inverse of `to_json`; unknown fields are errors."""
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict) or "model" not in record:
+        raise ValueError('a model config is {"model": name, "config": {option: value}}')
     return make_config(registry.model(record["model"]), record["config"])
 
 
@@ -94,10 +100,12 @@ def _options(name: str, text: str) -> dict[str, Any]:
             items.append("")
         else:
             items[-1] += letter
-    for item in filter(None, map(str.strip, items)):
+    for item in map(str.strip, items if text.strip() else []):
         key, separator, value = (word.strip() for word in item.partition("="))
         if not separator or not key or not value:
             raise ValueError(f"{name}({text}): {item!r} is not option=value")
+        if key in options:
+            raise ValueError(f"{name}({text}): {key} is given twice")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -108,11 +116,23 @@ def _options(name: str, text: str) -> dict[str, Any]:
 def _checked(name: str, value: Any, hint: Any) -> Any:
     """`value` if it has the type of the field, ints passing as floats; else one clear line."""
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ValueError(f"{name}={value!r}: choose {' or '.join(map(repr, get_args(hint)))}")
     if get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)):
+            raise ValueError(f"{name}={value!r}: expected several, as [1.0,2.0]")
         return tuple(_checked(name, item, get_args(hint)[0]) for item in value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ValueError(f"{name}={value!r}: expected {hint.__name__}")
+    if hint in (int, float) and not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r}: expected a number from 0 up")
     return value
+
+
+def at_least(config: Any, **least: int) -> None:
+    """ValueError, naming the field, when one of a part's config is below what it needs."""
+    for field, low in least.items():
+        if getattr(config, field) < low:
+            name = type(config).__module__.rsplit(".", 1)[1]
+            raise ValueError(f"{name}.{field}={getattr(config, field)}: must be at least {low}")

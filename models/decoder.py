@@ -16,12 +16,15 @@ from models.layers.norm import RMSNorm
 from models.model import Batch, Model
 from models.recompute import recomputed
 from models.span import Span, localize
-from models.state import Kept, Pages, State, TensorSpec, prefixed, scope
+from models.state import DRAFT, Kept, Pages, State, TensorSpec, prefixed, scope
 from models.stateful import Place, Stateful
 
 
 class Decoder(Model):
+    """needs_memory: its tokens read an encoder's output, so it answers no prompt by itself."""
+
     family = "transformer"
+    needs_memory = False
     recompute = False  # set by a training job: blocks keep their inputs alone (activation checkpointing)
 
     @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class Decoder(Model):
 
     def init_state(self, rows: int, max_len: int, device: torch.device | None = None) -> State:
         """Fresh state of `rows` rows with room for documents of `max_len` tokens."""
-        if rows < 0 or max_len < 1:
-            raise ValueError(f"init_state(rows={rows}, max_len={max_len}): rows >= 0 and max_len >= 1")
+        if rows < 1 or max_len < 1:
+            raise ValueError(f"init_state(rows={rows}, max_len={max_len}): both must be at least 1")
         device = device or self.embedding.weight.device
         return {name: spec.empty(rows, max_len, device) for name, spec in self.state_spec(max_len).items()}
 
@@ -146,14 +149,15 @@ class Decoder(Model):
     # -- documents -----------------------------------------------------------------------------------------------
 
     def _span(self, ids_BT: Tensor, state: State | None, segments_BT: Tensor | None, keep: int) -> Span:
-        if ids_BT.dim() != 2 or ids_BT.dtype != torch.int64:
-            raise ValueError(
-                f"ids_BT: expected int64 of shape (rows, tokens), got {ids_BT.dtype} {tuple(ids_BT.shape)}"
-            )
+        if ids_BT.dim() != 2 or ids_BT.dtype != torch.int64 or not ids_BT.numel():
+            got = f"{ids_BT.dtype} {tuple(ids_BT.shape)}"
+            raise ValueError(f"ids_BT: expected int64 of at least one row and one token, (rows, tokens), got {got}")
         if segments_BT is not None and segments_BT.shape != ids_BT.shape:
             raise ValueError(f"segments_BT: shape {tuple(segments_BT.shape)} differs from ids_BT {tuple(ids_BT.shape)}")
         if keep and state is None:
             raise ValueError("keep: there is nothing to roll back without a state")
+        if state is not None and not torch.compiler.is_compiling():
+            self._check_state(state, keep)
         length_B = None if state is None else state["length"]
         if length_B is not None and len(length_B) != len(ids_BT):
             raise ValueError(f"state has {len(length_B)} rows, ids_BT has {len(ids_BT)}")
@@ -163,29 +167,48 @@ class Decoder(Model):
             local_BT = None
         else:
             local_BT, positions_BT = localize(segments_BT, length_B, None if state is None else state["segment"])
-        # Checks of values, which on a GPU would wait for it: there the caller (an engine) knows its own rows.
-        if state is not None and not torch.compiler.is_compiling() and ids_BT.device.type == "cpu" and ids_BT.numel():
-            self._check_room(state, int(positions_BT.max()) + 1)
-            if keep and local_BT is not None and ((local_BT > 0) & (length_B > 0)[:, None]).any():
-                raise ValueError(
-                    "keep: a document begins in a carried row, whose cache it overwrites; split the call there"
-                )
+        if not torch.compiler.is_compiling() and ids_BT.device.type == "cpu":
+            self._check_values(ids_BT, state, local_BT, positions_BT, keep)
         return Span(positions_BT, ids_BT, local_BT, length_B, keep)
 
     @cached_property
-    def _growing(self) -> list[tuple[str, TensorSpec]]:
-        """The state that holds every token of a document."""
-        return [(name, spec) for name, spec in self.state_spec(1).items() if spec.every and not spec.window]
+    def _names(self) -> set[str]:
+        return set(self.state_spec(1))
 
-    def _check_room(self, state: State, tokens: int) -> None:
-        """Refuse to write past the end of a cache, which would silently overwrite its beginning."""
+    @cached_property
+    def _growing(self) -> list[tuple[str, TensorSpec]]:
+        return [(name, spec) for name, spec in self.state_spec(1).items() if spec.every]
+
+    @cached_property
+    def _windowed(self) -> bool:
+        return any(spec.window for _, spec in self._growing)
+
+    def _check_state(self, state: State, keep: int) -> None:
+        if state.keys() != self._names:
+            raise ValueError("state: it is not of this model; begin with init_state")
+        if isinstance(state["length"], Kept):
+            raise ValueError("state: kept at several moments; models.state.select first commits one for each row")
+        if keep > DRAFT and self._windowed:
+            raise ValueError(f"keep={keep}: windows are kept long enough to roll back {DRAFT} tokens, no more")
+
+    def _check_values(
+        self, ids_BT: Tensor, state: State | None, local_BT: Tensor | None, positions_BT: Tensor, keep: int
+    ) -> None:
+        """What only the values tell. A GPU would have to be waited for; there the caller, an engine, knows its rows."""
+        if not 0 <= int(ids_BT.min()) <= int(ids_BT.max()) < self.config.vocab:
+            raise ValueError(f"ids_BT: from {int(ids_BT.min())} to {int(ids_BT.max())}, vocab={self.config.vocab}")
+        if state is None:
+            return
+        tokens = int(positions_BT.max()) + 1
         for name, spec in self._growing:
             value = state[name]
-            room = (value.capacity if isinstance(value, Pages) else value.shape[1]) * spec.every
-            if tokens > room:
-                raise ValueError(
-                    f"the document reaches {tokens} tokens, the state has room for {room}; give init_state more max_len"
-                )
+            room = value.capacity if isinstance(value, Pages) else value.shape[1]
+            if tokens > room * spec.every and not (spec.window and room >= spec.window + DRAFT):
+                raise ValueError(f"a document reaches {tokens} tokens, its state has room for {room}: raise max_len")
+        if keep and local_BT is not None:
+            starts_BT = (local_BT > 0) & (positions_BT == 0) & ((local_BT > 1) | (state["length"] > 0)[:, None])
+            if starts_BT[:, -keep:].any():
+                raise ValueError("keep: a document begins in the kept columns, over the one before; split the call")
 
     def _count(self, at: Span, state: State, segments_BT: Tensor | None) -> State:
         """`length` and `segment` after the call, or before and after each of the last `keep` columns."""

@@ -29,7 +29,7 @@ HOSTS = {
     "head": ("head", "{}"),
     "position": ("pattern", "gqa(positions={})"),
 }
-_INTERNAL = {"layers", "hub", "quant", "adapters", "interpret", "__pycache__"}  # folders without architectures
+_INTERNAL = {"layers", "hub"}  # folders without architectures
 
 
 @cache
@@ -119,6 +119,8 @@ def build(name: str, **overrides: Any) -> nn.Module:
     options = {key: value for key, value in overrides.items() if key not in of_decoder}
     part = to_text(make_config(cls, {**tiny_options(cls), **options}))
     field, host = HOSTS[kind_of(name)]
+    if field in of_decoder:
+        raise ValueError(f"build({name!r}, {field}=...): {name} takes that place; build('decoder', ...) chooses both")
     return Decoder(make_config(Decoder, {**vars(Decoder.Config.tiny()), field: host.format(part), **of_decoder}))
 
 
@@ -151,5 +153,7 @@ def card(name: str) -> dict[str, Any]:
             f"{key} {'x'.join(map(str, spec.shape)) or 'scalar'}{f' every {spec.every}' if spec.every else ''}"
             for key, spec in (model.state_spec(1024).items() if sequence else ())
         ),
-        "supports": ("train", "serve", "rl") if sequence and model.causal else ("train", "predict"),
+        "supports": ("train", "serve", "rl")
+        if sequence and model.causal and not model.needs_memory
+        else ("train", "predict"),
     }

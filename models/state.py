@@ -196,6 +196,9 @@ def select(state: State, n_B: Tensor) -> State:
     Growing entries past the committed length are left behind: the length hides them and later writes replace them.
     """
     rows_B = torch.arange(len(n_B), device=n_B.device)
+    k = next((value.moments.shape[1] - 1 for value in state.values() if isinstance(value, Kept)), 0)
+    if n_B.device.type == "cpu" and not torch.compiler.is_compiling() and ((n_B < 0) | (n_B > k)).any():
+        raise ValueError(f"select: n_B={n_B.tolist()}, each must be from 0 to the {k} columns that were kept")
     return {name: value.moments[rows_B, n_B] if isinstance(value, Kept) else value for name, value in state.items()}
 
 

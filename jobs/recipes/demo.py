@@ -9,10 +9,10 @@ from models.decoder import Decoder
 def recipe() -> Job:
     return Job(
         name="demo",
-        model=Decoder.Config(vocab=2048, dim=192, layers=6, pattern="2*gated_deltanet gqa"),
-        data=Data(vocab=2048, limit_bytes=20_000_000),
-        optim=Optim(lr=4e-3, warmup=40, schedule="linear", floor=0.0),
-        steps=900,
+        model=Decoder.Config(vocab=1024, dim=256, layers=3, pattern="2*gated_deltanet gqa"),
+        data=Data(vocab=1024),
+        optim=Optim(lr=4e-3, warmup=30, schedule="linear", floor=0.0),
+        steps=750,
         batch=8,
         length=256,
         engine="deepspeed",

@@ -26,6 +26,8 @@ class Rotary(nn.Module):
 
     def __init__(self, config: Config, dim: int) -> None:
         super().__init__()
+        if config.theta <= 0:
+            raise ValueError(f"positions: theta={config.theta} must be above 0")
         self.config, self.turned = config, int(dim * config.fraction)
         if self.turned % 2 or not 0 < self.turned <= dim:
             raise ValueError(

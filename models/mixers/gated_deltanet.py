@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from models.config import at_least
 from models.layers.norm import RMSNorm
 from models.span import Span
 from models.state import State, TensorSpec
@@ -37,6 +38,7 @@ class GatedDeltaNet(Stateful):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
+        at_least(config, heads=1, key_heads=1)
         if config.heads % config.key_heads:
             raise ValueError(f"gated_deltanet: heads={config.heads} must be a multiple of key_heads={config.key_heads}")
         if not (config.key_dim and config.value_dim) and place.dim % config.heads:

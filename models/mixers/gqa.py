@@ -12,7 +12,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 import kernels
-from models.config import parse_part
+from models.config import at_least, parse_part
 from models.layers.norm import RMSNorm
 from models.span import Span
 from models.state import State, TensorSpec, append
@@ -41,6 +41,7 @@ class GQA(Stateful):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
+        at_least(config, heads=1, kv_heads=1)
         if config.heads % config.kv_heads:
             raise ValueError(f"gqa: heads={config.heads} must be a multiple of kv_heads={config.kv_heads}")
         if not config.head_dim and place.dim % config.heads:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from models.config import at_least
 from models.layers.norm import RMSNorm
 from models.span import Span
 from models.state import State, TensorSpec
@@ -37,6 +38,7 @@ class MambaSSD(Stateful):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
+        at_least(config, head_dim=1, state=1, groups=1, expand=1)
         c = config
         if not c.heads and (c.expand * place.dim) % c.head_dim:
             raise ValueError(

@@ -7,14 +7,13 @@ arXiv 2405.04434 (DeepSeek-V2). Training expands keys and values; with a state t
 itself, as one key-value head of `latent + rope_dim` channels that all query heads share. Rotary pairs are (i, i + K/2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels import View
-from models.config import parse_part
+from models.config import at_least, parse_part
 from models.layers.norm import RMSNorm
 from models.span import Span
 from models.state import State, TensorSpec, append
@@ -39,6 +38,7 @@ class MLA(Stateful):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
+        at_least(config, heads=1, latent=1, nope_dim=1, rope_dim=2, value_dim=1)
         c = self.config = config
         positions, positions_config = parse_part(c.positions, "position")
         self.positions = positions(positions_config, c.rope_dim)
@@ -70,16 +70,13 @@ class MLA(Stateful):
             k_BTHK = torch.einsum("btn,hkn->bthk", c_BTK, up_k_HKN)
             k_BTHK = torch.cat([k_BTHK, r_BT1K.expand(-1, -1, c.heads, -1)], -1)
             v_BTHV = torch.einsum("btn,hvn->bthv", c_BTK, up_v_HVN)
-            view = _entries(view, {"k": k_BTHK, "v": v_BTHV}, {})
+            view = replace(view, new={"k": k_BTHK, "v": v_BTHV})
             y_BTHV = kernels.attention(torch.cat([nope_BTHK, rope_BTHK], -1), view, scale=scale)
         else:
             q_BTHN = torch.einsum("bthk,hkn->bthn", nope_BTHK, up_k_HKN)
             new, past = ({"k": side["latent"], "v": side["latent"][..., : c.latent]} for side in (view.new, view.past))
-            y_BTHN = kernels.attention(torch.cat([q_BTHN, rope_BTHK], -1), _entries(view, new, past), scale=scale)
+            y_BTHN = kernels.attention(
+                torch.cat([q_BTHN, rope_BTHK], -1), replace(view, new=new, past=past), scale=scale
+            )
             y_BTHV = torch.einsum("bthn,hvn->bthv", y_BTHN, up_v_HVN)
         return self.wo(y_BTHV.flatten(2)), state
-
-
-def _entries(view: View, new: dict[str, Tensor], past: dict[str, Tensor]) -> View:
-    """The same rows and places with other entries."""
-    return View(new, past, view.length_B, view.positions_BT, view.segments_BT, view.table_BN)

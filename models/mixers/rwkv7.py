@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from models.config import at_least
 from models.layers.shift import previous
 from models.span import Span
 from models.state import State, TensorSpec
@@ -40,6 +41,7 @@ class RWKV7(Stateful):
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
+        at_least(config, heads=1)
         dim, heads = place.dim, config.heads
         if dim % heads:
             raise ValueError(f"rwkv7: dim={dim} must be a multiple of heads={heads}")

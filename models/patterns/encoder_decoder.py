@@ -17,33 +17,23 @@ from models.layers.cross_attention import CrossAttention
 from models.layers.norm import RMSNorm
 from models.model import Batch
 from models.span import Span
-from models.state import State, TensorSpec, prefixed, scope
+from models.state import State, prefixed
 from models.stateful import Place, Stateful
 
 
 class CrossBlock(Block):
     """A block with a third branch, between the mixer and the ffn, that reads the encoder's output."""
 
+    branches = ("mixer", "cross", "ffn")
+
     def __init__(self, mixer: Stateful, cross: CrossAttention, ffn: Stateful, dim: int, eps: float) -> None:
         super().__init__(mixer, ffn, dim, eps)
         self.cross_norm, self.cross = RMSNorm(dim, eps), cross
 
-    def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
-        return super().state_spec(max_len) | prefixed("cross", self.cross.state_spec(max_len))
-
-    def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
-        y_BTD, mixer_state = self.mixer(self.mixer_norm(x_BTD), at, scope(state, "mixer"))
-        x_BTD = x_BTD + y_BTD
-        y_BTD, cross_state = self.cross(self.cross_norm(x_BTD), at, scope(state, "cross"))
-        x_BTD = x_BTD + y_BTD
-        y_BTD, ffn_state = self.ffn(self.ffn_norm(x_BTD), at, scope(state, "ffn"))
-        if state is None:
-            return x_BTD + y_BTD, None
-        parts = {"mixer": mixer_state, "cross": cross_state, "ffn": ffn_state}
-        return x_BTD + y_BTD, {name: v for prefix, part in parts.items() for name, v in prefixed(prefix, part).items()}
-
 
 class EncoderDecoder(Decoder):
+    needs_memory = True
+
     @dataclass(frozen=True)
     class Config(Decoder.Config):
         """encoder: pattern over encoder_layers, to see both ways. memory: longest source. heads: of the cross."""

@@ -19,5 +19,10 @@ class RoPE(Rotary):
 
         factor: float = 1.0
 
+    def __init__(self, config: Config, dim: int) -> None:
+        if config.factor <= 0:
+            raise ValueError(f"rope.factor={config.factor}: must be above 0")
+        super().__init__(config, dim)
+
     def frequency(self, positions_BT: Tensor) -> Tensor:
         return super().frequency(positions_BT) / self.config.factor

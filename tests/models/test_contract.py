@@ -11,6 +11,7 @@ import models
 from models import registry
 from models.decoder import Decoder
 from models.mixers.gated_deltanet import GatedDeltaNet
+from models.state import select
 
 # Parts as they come, and the options that change what is remembered.
 SUBJECTS = (
@@ -84,3 +85,49 @@ class Walked(GatedDeltaNet):
 def test_walking_keeps_what_the_kernels_keep(seed):
     with torch.no_grad():
         contract.kept_states(contract.decoder_around(Walked, "mixer", {}, layers=2), seed)
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_what_a_state_cannot_hold_is_refused(memory):
+    """Silent corruption otherwise: a ring smaller than its window, a rollback past what windows keep."""
+    decoder, state_of = build("sliding_window"), MEMORIES[memory]
+    ids = torch.zeros(1, 60, dtype=torch.int64)
+    with pytest.raises(ValueError, match="max_len"):
+        decoder.logits(ids, state_of(decoder, 1, 10))
+    with pytest.raises(ValueError, match="keep=48"):
+        decoder.logits(ids, state_of(decoder, 1, 200), keep=48)
+    decoder.logits(ids, state_of(decoder, 1, 200), keep=32)
+    with pytest.raises(ValueError, match="max_len"):
+        build("gqa").logits(ids, state_of(build("gqa"), 1, 10))
+
+
+def test_keep_and_documents():
+    """A document that begins inside the kept columns is refused, also in a fresh row; one before them is not."""
+    decoder = build("gqa")
+    ids, segments = contract.tokens(decoder, 1, 8, 0), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    with pytest.raises(ValueError, match="document begins"):
+        decoder.logits(ids, decoder.init_state(1, 20), segments, keep=5)
+    with torch.no_grad():
+        _, kept = decoder.logits(ids, decoder.init_state(1, 20), segments, keep=3)
+        _, alone = decoder.logits(ids[:, 4:6], decoder.init_state(1, 20), segments[:, 4:6])
+        more = contract.tokens(decoder, 1, 3, 1)
+        ours, _ = decoder.logits(more, select(kept, torch.tensor([1])))
+        contract.same(ours, decoder.logits(more, alone)[0])
+
+
+def test_mistakes_of_a_call_are_named():
+    decoder = build("gated_deltanet")
+    ids = torch.zeros(1, 3, dtype=torch.int64)
+    state = decoder.init_state(1, 9)
+    _, kept = decoder.logits(ids, state, keep=2)
+    for call, word in (
+        (lambda: decoder.logits(ids + 64), "vocab"),
+        (lambda: decoder.logits(ids[:, :0]), "at least one"),
+        (lambda: decoder.logits(ids, {}), "init_state"),
+        (lambda: decoder.logits(ids, kept), "select"),
+        (lambda: select(kept, torch.tensor([3])), "n_B"),
+        (lambda: select(kept, torch.tensor([-1])), "n_B"),
+        (lambda: decoder.logits(ids, state, keep=4), "keep=4"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            call()

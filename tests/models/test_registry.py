@@ -80,3 +80,36 @@ def test_command():
     assert card.returncode == 0 and "2305.13245" in card.stdout and "window=0" in card.stdout
     wrong = subprocess.run([sys.executable, "-m", "models", "gpa"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "pattern,word",
+    [
+        ("gqa(heads=0)", "heads"),
+        ("gqa(kv_heads=0)", "kv_heads"),
+        ("gqa(window=-5)", "window"),
+        ("gated_deltanet(key_heads=0)", "key_heads"),
+        ("gated_deltanet(key_dim=-3)", "key_dim"),
+        ("mamba_ssd(groups=0)", "groups"),
+        ("mamba_ssd(state=0)", "state"),
+        ("rwkv7(heads=0)", "heads"),
+        ("mla(latent=0)", "latent"),
+        ("lstm(hidden=-1)", "hidden"),
+        ("gqa(positions=rope(theta=0))", "theta"),
+        ("gqa(positions=rope(factor=0))", "factor"),
+        ("gqa(positions=longrope(short=5))", "short"),
+        ("gqa(heads=4,heads=8)", "twice"),
+        ("gqa(heads=4,,)", "option=value"),
+        ("gqa(heads=4)lstm", "cannot read"),
+        ("0*gqa lstm", "cannot read"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(pattern, word):
+    with pytest.raises(ValueError, match=word) as error:
+        models.build("decoder", pattern=pattern)
+    assert "\n" not in str(error.value)
+
+
+def test_one_place_is_not_given_twice():
+    with pytest.raises(ValueError, match="pattern"):
+        models.build("gqa", pattern="lstm")
