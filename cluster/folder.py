@@ -30,6 +30,10 @@ class Damaged(ValueError):
     """A folder, or one of its files, is missing or is not what was written; the message names it."""
 
 
+class Unreadable(Damaged):
+    """A folder's manifest or file cannot be read here and now: it may well be whole."""
+
+
 def write(uri: str, files: Mapping[str, Any], meta: Mapping[str, Any] | None = None) -> None:
     """Writes a folder in one go; files: name -> bytes, str, or tensors (for a name in .safetensors)."""
     seal(uri, [put(uri, name, content) for name, content in files.items()], meta)
@@ -41,8 +45,11 @@ def put(uri: str, name: str, content: Any) -> dict:
     Several processes may put files of one folder; one of them gathers the entries and seals.
     content: bytes, str (UTF-8), a local Path (copied), or dict[str, Tensor] (any device and layout).
     """
-    if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or name == MANIFEST or ".." in name.split("/"):
-        raise ValueError(f"{name!r} cannot be a file of a folder: use letters, digits, ._+=- and / between parts")
+    dots = any(not part.strip(".") for part in name.split("/"))  # "./a" is "a" again, ".." is outside
+    if not re.fullmatch(r"[\w.+=-]+(/[\w.+=-]+)*", name) or name == MANIFEST or dots:
+        raise ValueError(
+            f"{name!r} cannot be a file of a folder: use letters, digits, ._+=- and / between parts, no part only dots"
+        )
     if isinstance(content, Mapping) != name.endswith(".safetensors"):
         raise ValueError(f"{name!r}: a dict of tensors goes into a .safetensors file, and nothing else does")
     file = name if storage.info(storage.join(uri, MANIFEST)) is None else _free_name(name)
@@ -86,14 +93,13 @@ def read_manifest(uri: str) -> dict:
     """{"format", "files": [{"name", "file", "size", "sha256"}], "meta"}. Damaged when missing or altered."""
     manifest, trouble = _parse(uri)
     if manifest is None:
-        raise Damaged(trouble)
+        raise trouble
     return manifest
 
 
 def complete(uri: str) -> bool:
     """Whether there is a manifest and every file has its size. Reads no contents: `verify` does."""
-    manifest = _parse(uri)[0]
-    return manifest is not None and all(_size_trouble(uri, entry) is None for entry in manifest["files"])
+    return _trouble(uri) is None
 
 
 def verify(uri: str) -> None:
@@ -129,7 +135,7 @@ class Folder:
         entry = self._entry(name)
         trouble = _size_trouble(self.uri, entry)
         if trouble:
-            raise Damaged(trouble)
+            raise trouble
         return storage.join(self.uri, entry["file"])
 
     def check(self, name: str) -> str:
@@ -182,15 +188,18 @@ def latest(parent: str, prefix: str = "step-") -> str | None:
 def prune(parent: str, keep: int, prefix: str = "step-") -> list[str]:
     """Deletes all but the `keep` newest complete folders, and torn ones older than the newest.
 
-    Returns what went. ValueError for keep < 1.
+    One that cannot be read now stays. Returns what went. ValueError for keep < 1.
     """
     if keep < 1:
         raise ValueError(f"keep={keep}: at least 1 folder has to stay")
     kept, gone = 0, []
     for _, uri in reversed(_numbered(parent, prefix)):
-        if kept < keep and complete(uri):
+        trouble = _trouble(uri)
+        if kept < keep and trouble is None:
             kept += 1
-        elif kept:  # above the newest complete one somebody may still be writing
+        elif kept and not isinstance(
+            trouble, Unreadable
+        ):  # above the newest complete one somebody may still be writing
             storage.delete(storage.join(uri, MANIFEST))  # first, so that half a deletion is no folder
             storage.delete(uri)
             gone.append(uri)
@@ -206,21 +215,32 @@ def _numbered(parent: str, prefix: str) -> list[tuple[int, str]]:
     return sorted(found)
 
 
-def _parse(uri: str) -> tuple[dict | None, str]:
+def _trouble(uri: str) -> Damaged | None:
+    """Why a folder is not complete."""
+    manifest, trouble = _parse(uri)
+    if manifest is None:
+        return trouble
+    return next(filter(None, (_size_trouble(uri, entry) for entry in manifest["files"])), None)
+
+
+def _parse(uri: str) -> tuple[dict | None, Damaged | None]:
+    """The manifest, or why there is none: never an error, so that one bad folder does not hide its neighbours."""
     place = storage.join(uri, MANIFEST)
     try:
         content = storage.read(place)
     except (FileNotFoundError, NotADirectoryError):
-        return None, f"{uri} is not a complete folder: it has no {MANIFEST}; its writer did not finish"
+        return None, Damaged(f"{uri} is not a complete folder: it has no {MANIFEST}; its writer did not finish")
+    except OSError as error:
+        return None, Unreadable(f"{place} cannot be read: {error}")
     try:
         manifest = json.loads(content)
         if manifest["format"] != FORMAT:
-            return None, f"{place} has format {manifest['format']}; this version reads format {FORMAT}"
+            return None, Damaged(f"{place} has format {manifest['format']}; this version reads format {FORMAT}")
         if manifest.pop("digest") == _digest(manifest):
-            return manifest, ""
-    except (ValueError, KeyError, TypeError, AttributeError):
+            return manifest, None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    return None, f"{place} is damaged (its digest differs): use another copy"
+    return None, Damaged(f"{place} is damaged (its digest differs): use another copy")
 
 
 def _write_manifest(uri: str, entries: list[dict], meta: Mapping[str, Any] | None) -> None:
@@ -233,13 +253,16 @@ def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _size_trouble(uri: str, entry: dict) -> str | None:
+def _size_trouble(uri: str, entry: dict) -> Damaged | None:
     place = storage.join(uri, entry["file"])
-    found = storage.info(place)
+    try:
+        found = storage.info(place)
+    except OSError as error:
+        return Unreadable(f"{place} cannot be read: {error}")
     if found is None or found.is_folder:
-        return f"{place} is missing: use another copy"
+        return Damaged(f"{place} is missing: use another copy")
     if found.size != entry["size"]:
-        return f"{place} is damaged ({found.size} bytes instead of {entry['size']}): use another copy"
+        return Damaged(f"{place} is damaged ({found.size} bytes instead of {entry['size']}): use another copy")
     return None
 
 

@@ -47,6 +47,9 @@ def test_train_serve_and_ask(environment):
     assert len(trainings) == 2
     for command in trainings:
         run(command, environment)
+    for command in COMMANDS:
+        if command.startswith(("python -m jobs.evaluate", "python -m models")):
+            run(command, environment)
     serving = next(command for command in COMMANDS if command.startswith("serve run"))
     server = subprocess.Popen(
         serving, shell=True, cwd=ROOT, env=environment, start_new_session=True, stdout=subprocess.DEVNULL

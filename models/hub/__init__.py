@@ -39,7 +39,10 @@ def weights(model: Model) -> dict[str, Tensor]:
 
 
 def load(path: str) -> Model:
-    """The model at `path`, in eval mode; ValueError or FileNotFoundError in one line when it is not one."""
+    """The model at `path`, in eval mode, each floating weight in the dtype it is stored in.
+
+    ValueError or FileNotFoundError in one line when it is not one.
+    """
     from cluster import folder
     from models.config import from_json
     from models.registry import owner
@@ -47,7 +50,11 @@ def load(path: str) -> Model:
     stored = folder.load(locate(str(path)))
     config = from_json(json.loads(stored.bytes("config.json")))
     model = owner(config)(config)
-    set_weights(model, stored.tensors("model.safetensors"), str(path))
+    tensors = stored.tensors("model.safetensors")
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if name in tensors and weight.is_floating_point() and tensors[name].is_floating_point():
+            weight.data = weight.data.to(tensors[name].dtype)  # the same Parameter, so ties hold
+    set_weights(model, tensors, str(path))
     return model.eval()
 
 

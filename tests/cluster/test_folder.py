@@ -96,7 +96,9 @@ def test_missing_and_cut_files_are_refused_by_name(tmp_path):
         folder.load(str(place)).bytes("c.bin")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "../x", "/x", "a b", "", "a//b"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "../x", "/x", "a b", "", "a//b", ".", "./a", "./manifest.json", "a/."]
+)
 def test_names_are_checked(tmp_path, name):
     with pytest.raises(ValueError, match="cannot be a file of a folder"):
         folder.put(str(tmp_path), name, b"")
@@ -188,6 +190,39 @@ def test_latest_and_prune(tmp_path):
     assert sorted(os.listdir(parent)) == ["best", "step-00003000"]
     with pytest.raises(ValueError, match="keep=0"):
         folder.prune(parent, keep=0)
+
+
+@pytest.mark.parametrize("bad", ["a directory", "unreadable", "file unreadable", "deep"])
+def test_one_bad_folder_does_not_hide_the_others(tmp_path, monkeypatch, bad):
+    parent = str(tmp_path)
+    for step in (3, 4, 5, 6):
+        folder.write(f"{parent}/step-{step}", {"a.bin": b"x"})
+    manifest = tmp_path / "step-5" / "manifest.json"
+
+    def refused(name):
+        function = getattr(storage, name)
+
+        def wrapped(place):
+            if "step-5" in place:  # as a mode of 000 gives to everybody but root
+                raise PermissionError(13, "Permission denied")
+            return function(place)
+
+        monkeypatch.setattr(storage, name, wrapped)
+
+    if bad == "a directory":
+        manifest.unlink()
+        manifest.mkdir()
+    elif bad == "deep":
+        manifest.write_text("[" * 200_000)
+    else:
+        refused("read" if bad == "unreadable" else "info")
+    assert not folder.complete(f"{parent}/step-5")
+    with pytest.raises(folder.Damaged, match="step-5.*json is damaged" if bad == "deep" else "step-5.*cannot be read"):
+        folder.verify(f"{parent}/step-5")
+    gone = folder.prune(parent, keep=2)  # what cannot be read may be whole, so only nonsense goes
+    assert [Path(g).name for g in gone] == (["step-5", "step-3"] if bad == "deep" else ["step-3"])
+    storage.delete(f"{parent}/step-6")
+    assert folder.latest(parent).endswith("step-4")
 
 
 def test_half_a_deletion_is_no_folder(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import models
@@ -95,7 +96,19 @@ def test_llama_both_ways(pick, rope, tmp_path):
 
 @pytest.mark.parametrize(
     "field,value",
-    [("hidden_act", "gelu"), ("pretraining_tp", 2), ("sliding_window", 64), ("some_new_field", 1)],
+    [
+        ("hidden_act", "gelu"),
+        ("pretraining_tp", 2),
+        ("sliding_window", 64),
+        ("partial_rotary_factor", 0.5),
+        ("some_new_field", 1),
+        ("hidden_size", "64"),
+        ("num_attention_heads", 0),
+        ("num_hidden_layers", True),
+        ("rms_norm_eps", [1e-6]),
+        ("attention_bias", "no"),
+        ("rope_parameters", [1]),
+    ],
 )
 def test_a_field_that_is_not_honoured_is_named(pick, tmp_path, field, value):
     llama(pick).save_pretrained(tmp_path)
@@ -105,13 +118,90 @@ def test_a_field_that_is_not_honoured_is_named(pick, tmp_path, field, value):
         hub.load_hf(tmp_path)
 
 
-def test_rope_fields_are_not_passed_over(pick, tmp_path):
+@pytest.mark.parametrize(
+    "field,value", [("stretch", 2.0), ("partial_rotary_factor", 0.5), ("rope_theta", "1e4"), ("factor", None)]
+)
+def test_rope_fields_are_not_passed_over(pick, tmp_path, field, value):
+    llama(pick, "linear").save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    record["rope_parameters"][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=field):
+        hub.load_hf(tmp_path)
+
+
+def test_two_rope_thetas_have_to_agree(pick, tmp_path):
     llama(pick).save_pretrained(tmp_path)
     record = json.loads((tmp_path / "config.json").read_text())
-    record["rope_parameters"]["stretch"] = 2.0
-    (tmp_path / "config.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="stretch"):
+    theta = record["rope_parameters"]["rope_theta"]
+    (tmp_path / "config.json").write_text(json.dumps(record | {"rope_theta": theta, "partial_rotary_factor": 1.0}))
+    hub.load_hf(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(record | {"rope_theta": 2 * theta}))
+    with pytest.raises(ValueError, match=f"rope_theta is {2 * theta} beside rope_parameters and {theta} in them"):
         hub.load_hf(tmp_path)
+
+
+def one_line(raised, path):
+    message = str(raised.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message, message
+    return message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["embed_tokens", "norm", "layers.0.self_attn.k_proj", "layers.0.mlp.up_proj", "layers.0.input_layernorm"],
+)
+def test_a_missing_weight_is_named(pick, tmp_path, name):
+    llama(pick).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors[f"model.{name}.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as raised:
+        hub.load_hf(tmp_path)
+    assert f"model.{name}.weight is missing" in one_line(raised, tmp_path)
+
+
+def test_stacked_weights_have_their_own_sizes(pick, tmp_path):
+    llama(pick).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    names = [f"model.layers.0.self_attn.{part}_proj.weight" for part in "qk"]
+    q, k = (tensors[name] for name in names)
+    save_file(
+        tensors | dict(zip(names, torch.cat([q, k]).split([len(q) - 2, len(k) + 2]), strict=True)), tmp_path / "x"
+    )
+    (tmp_path / "x").replace(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as raised:
+        hub.load_hf(tmp_path)
+    assert f"q_proj.weight has shape {(len(q) - 2, q.shape[1])}" in one_line(raised, tmp_path)
+
+
+def test_quantized_weights_are_refused(pick, tmp_path):
+    llama(pick).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({name: tensor.to(torch.int8) for name, tensor in tensors.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight is torch\.int8"):
+        hub.load_hf(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file,content",
+    [
+        ("config.json", b"[1]"),
+        ("config.json", b"{"),
+        ("config.json", b"\xff"),
+        ("config.json", b"[" * 200_000),
+        ("model.safetensors.index.json", b"{}"),
+        ("model.safetensors.index.json", b'{"weight_map": {"a": 1}}'),
+        ("model.safetensors", b""),
+        ("model.safetensors", None),
+    ],
+)
+def test_broken_files_are_one_line(pick, tmp_path, file, content):
+    llama(pick).save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError) as raised:
+        hub.load_hf(tmp_path)
+    assert file in one_line(raised, tmp_path)
 
 
 def test_old_spelling_of_rope(pick, tmp_path):
@@ -126,9 +216,28 @@ def test_old_spelling_of_rope(pick, tmp_path):
         close(hub.load_hf(tmp_path).logits(ids)[0], theirs(ids).logits)
 
 
-def test_what_llama_is_not_cannot_be_written(tmp_path):
-    with pytest.raises(ValueError, match="gated_deltanet"):
-        hub.save_hf(models.build("gated_deltanet"), tmp_path)
+@pytest.mark.parametrize(
+    "name,options,reason",
+    [
+        ("gated_deltanet", {}, "gated_deltanet"),
+        ("encoder_decoder", {}, "EncoderDecoder"),
+        ("gan", {}, "GAN"),
+        ("vit", {}, "ViT"),
+        ("decoder", {"pattern": "gqa(positions=nope)"}, "nope"),
+        ("decoder", {"pattern": "gqa(positions=rope(fraction=0.5))"}, "fraction"),
+    ],
+)
+def test_what_llama_is_not_cannot_be_written(tmp_path, name, options, reason):
+    with pytest.raises(ValueError, match=rf"no Hugging Face model type covers this model \(.*{reason}"):
+        hub.save_hf(models.build(name, **options), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_weight_that_llama_lacks_cannot_be_written(tmp_path):
+    model = models.build("decoder")
+    model.blocks[0].mixer.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"blocks\.0\.mixer\.sinks"):
+        hub.save_hf(model, tmp_path)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -139,6 +248,19 @@ def test_our_folder_round_trip(tmp_path, tied):
     assert again.config == model.config
     ids = torch.randint(64, (2, 12))
     assert torch.equal(again.logits(ids)[0], model.logits(ids)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_our_folder_keeps_the_dtype(tmp_path, dtype):
+    model = models.build("decoder", tied=True).to(dtype).eval()
+    model.blocks[0].ffn.float()
+    hub.save(model, tmp_path / "model")
+    again = hub.load(tmp_path / "model")
+    assert again.head.weight is again.embedding.weight
+    for name, weight in model.state_dict().items():
+        found = again.state_dict()[name]
+        assert found.dtype == weight.dtype and torch.equal(found, weight), name
+    assert {p.dtype for p in again.parameters()} == {dtype, torch.float32}
 
 
 def test_no_model_there(tmp_path):

@@ -8,6 +8,7 @@ change its numbers and is not honoured is an error that names it.
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +23,8 @@ TYPES = sorted(
 def load_hf(path: str) -> Model:
     """The model in the folder `path` (config.json, model*.safetensors), in eval mode, in the dtype it is stored in.
 
-    ValueError names what cannot be honoured: an unknown model type, a config field, a missing or unused weight.
+    ValueError, one line, names what cannot be honoured: a broken file, an unknown model type, a config field, a missing
+    or unused weight.
     """
     from models.hub import set_weights
     from models.registry import owner
@@ -30,14 +32,17 @@ def load_hf(path: str) -> Model:
     folder = Path(path)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{path}: no config.json there, so it is not a Hugging Face checkpoint")
-    record = json.loads((folder / "config.json").read_text())
-    kind = record.get("model_type")
-    if kind not in TYPES:
-        raise ValueError(f"{path}: model_type {kind!r} is not known; known: {', '.join(TYPES)}")
-    fields, tensors = Fields(record, f"{path}/config.json"), _read(folder)
-    config, weights = _module(kind).read(fields, dict(tensors))
-    fields.finish()
-    model = owner(config)(config).to(next(iter(weights.values())).dtype)
+    try:
+        record = _record(folder / "config.json")
+        kind = record.get("model_type")
+        if kind not in TYPES:
+            raise ValueError(f"model_type {kind!r} is not known; known: {', '.join(TYPES)}")
+        fields, tensors = Fields(record, "config.json"), _read(folder)
+        config, weights = _module(kind).read(fields, tensors)
+        fields.finish()
+        model = owner(config)(config).to(next(iter(weights.values())).dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     set_weights(model, weights, str(path))
     return model.eval()
 
@@ -67,15 +72,36 @@ def _module(kind: str):
     return importlib.import_module(f"models.hub.hf.{kind}")
 
 
+def _record(file: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        record = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{file.name} holds {type(record).__name__}, not an object")
+    return record
+
+
 def _read(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder, one file or the shards that its index names."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        places = Fields(_record(index), index.name).take("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{index.name}: weight_map is not an object of file names")
+        names = sorted(set(places.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: {missing[0]} is missing (only safetensors are read, never pickles)")
-    return {name: tensor for file in names for name, tensor in load_file(folder / file).items()}
+    tensors = {}
+    for name in names:
+        try:
+            tensors |= load_file(folder / name)
+        except SafetensorError as error:
+            raise ValueError(f"{name} is damaged: {error}") from None
+    return tensors

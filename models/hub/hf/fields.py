@@ -1,5 +1,7 @@
 """Reading a checkpoint's config so that nothing in it is passed over in silence."""
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 # Fields that say nothing about the numbers a model computes.
@@ -29,6 +31,26 @@ class Fields:
             return default
         return value
 
+    def whole(self, name: str, default: Any = _ABSENT) -> Any:
+        """A field that is a whole number of at least 1."""
+        return self._checked(name, default, "a whole number of at least 1", lambda v: type(v) is int and v >= 1)
+
+    def number(self, name: str, default: Any = _ABSENT) -> Any:
+        """A field that is a number above 0, as float."""
+        value = self._checked(name, default, "a number above 0", _positive)
+        return value if value is None else float(value)
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """A field that is a list of numbers above 0."""
+        value = self._checked(
+            name, _ABSENT, "a list of numbers above 0", lambda v: isinstance(v, list) and all(map(_positive, v))
+        )
+        return tuple(map(float, value))
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A field that is true or false."""
+        return self._checked(name, default, "true or false", lambda v: type(v) is bool)
+
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse any value but those we compute; null and absent mean the first."""
         value = self.take(name, allowed[0])
@@ -40,10 +62,22 @@ class Fields:
     def inside(self, name: str) -> "Fields | None":
         """A field that holds fields, or None."""
         value = self.take(name, None)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{self._source}: {name}={value!r} must be an object")
         return None if value is None else Fields(value, f"{self._source}: {name}")
+
+    def _checked(self, name: str, default: Any, what: str, allowed: Callable[[Any], bool]) -> Any:
+        value = self.take(name, default)
+        if value is not default and not allowed(value):
+            raise ValueError(f"{self._source}: {name}={value!r} must be {what}")
+        return value
 
     def finish(self) -> None:
         """ValueError that names the first field nobody took, unless it is null."""
         left = sorted(name for name, value in self._rest.items() if value is not None)
         if left:
             raise ValueError(f"{self._source}: {left[0]}={self._rest[left[0]]!r} is not honoured by this loader")
+
+
+def _positive(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf

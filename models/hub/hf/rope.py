@@ -18,48 +18,49 @@ from models.positions.yarn import YaRN
 def read(fields: Fields, trained: int) -> str:
     """The position scheme as text, for a config whose max_position_embeddings is `trained`."""
     parameters = fields.inside("rope_parameters") or fields.inside("rope_scaling") or Fields({}, "rope_parameters")
-    theta = float(fields.take("rope_theta", None) or parameters.take("rope_theta", 10000.0))
-    parameters.take("rope_theta", None)
+    theta, old = parameters.number("rope_theta", None), fields.number("rope_theta", None)
+    if theta and old and theta != old:
+        raise ValueError(f"rope_theta is {old} beside rope_parameters and {theta} in them: keep the true one")
     kind = parameters.take("rope_type", None) or parameters.take("type", "default")
     parameters.take("type", None)
-    base: dict[str, Any] = {"theta": theta, "fraction": float(parameters.take("partial_rotary_factor", 1.0))}
-    config = _read(kind, base, parameters, trained)
+    for place in (fields, parameters):
+        place.only("partial_rotary_factor", 1.0)
+    config = _read(kind, {"theta": theta or old or 10000.0}, parameters, trained)
     parameters.finish()
     return to_text(config)
 
 
-def _read(kind: str, base: dict, parameters: Fields, trained: int) -> Any:
+def _read(kind: str, base: dict[str, Any], parameters: Fields, trained: int) -> Any:
     if kind == "default":
         return RoPE.Config(**base)
-    factor = parameters.take("factor", None)
     if kind == "linear":
-        return RoPE.Config(**base, factor=float(factor))
-    original = parameters.take("original_max_position_embeddings", trained)
+        return RoPE.Config(**base, factor=parameters.number("factor"))
+    original = parameters.whole("original_max_position_embeddings", trained)
     if kind == "dynamic":
-        return DynamicNTK.Config(**base, factor=float(factor), original=trained)
-    factor = float(factor or trained / original)
-    amplitude = parameters.take("attention_factor", None)
+        return DynamicNTK.Config(**base, factor=parameters.number("factor"), original=trained)
+    factor = parameters.number("factor", trained / original)
+    amplitude = parameters.number("attention_factor", None)
     if kind == "llama3":
-        low, high = parameters.take("low_freq_factor"), parameters.take("high_freq_factor")
-        return Llama3RoPE.Config(**base, factor=factor, original=original, low=float(low), high=float(high))
+        low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
+        return Llama3RoPE.Config(**base, factor=factor, original=original, low=low, high=high)
     if kind == "yarn":
-        scales = parameters.take("mscale", None), parameters.take("mscale_all_dim", None)
+        scales = parameters.number("mscale", None), parameters.number("mscale_all_dim", None)
         if amplitude is None and all(scales):
             amplitude = (0.1 * scales[0] * math.log(factor) + 1) / (0.1 * scales[1] * math.log(factor) + 1)
         return YaRN.Config(
             **base,
             factor=factor,
             original=original,
-            fast=float(parameters.take("beta_fast", 32)),
-            slow=float(parameters.take("beta_slow", 1)),
-            amplitude=float(amplitude or 0),
-            whole=parameters.take("truncate", True),
+            fast=parameters.number("beta_fast", 32),
+            slow=parameters.number("beta_slow", 1),
+            amplitude=amplitude or 0.0,
+            whole=parameters.flag("truncate", True),
         )
     if kind == "longrope":
         if amplitude is None:
             amplitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-        short, long = (tuple(map(float, parameters.take(f"{name}_factor"))) for name in ("short", "long"))
-        return LongRoPE.Config(**base, short=short, long=long, original=original, amplitude=float(amplitude))
+        short, long = parameters.numbers("short_factor"), parameters.numbers("long_factor")
+        return LongRoPE.Config(**base, short=short, long=long, original=original, amplitude=amplitude)
     raise ValueError(
         f"rope_type={kind!r} is not honoured; it can be default, linear, dynamic, yarn, longrope or llama3"
     )
@@ -70,7 +71,9 @@ def write(text: str, pairs: int) -> tuple[dict[str, Any], int]:
     cls, c = parse_part(text, "position")
     if "theta" not in dir(c):
         raise ValueError(f"positions {text} have no rope_parameters")
-    record = {"rope_theta": c.theta} | ({"partial_rotary_factor": c.fraction} if c.fraction != 1 else {})
+    if c.fraction != 1:
+        raise ValueError(f"Llama turns whole heads, not a fraction of them: {text}")
+    record: dict[str, Any] = {"rope_theta": c.theta}
     if cls is RoPE:
         kind = {"rope_type": "default"} if c.factor == 1 else {"rope_type": "linear", "factor": c.factor}
         return record | kind, 131072
