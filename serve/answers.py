@@ -1,16 +1,19 @@
 """What one call of an endpoint gets: a whole answer or a stream of chunks, in the words of the completions or the chat
 endpoint.
 
-An answer takes its requests in when it is made, so that whatever can be refused is refused with a status. It is closed
-when its client has it or has gone away, and then nothing of it goes on.
+An answer takes its requests in when it is opened, so that whatever can be refused is refused with a status. It is
+closed when its client has it or has gone away, and then nothing of it goes on. What takes long, encoding prompts, is
+done in a thread: the event loop serves all others meanwhile.
 """
 
+import asyncio
 import json
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -43,16 +46,20 @@ class Service:
 
 
 class Answer(ABC):
-    """What both endpoints share. Raises APIError at once when the call can't be answered."""
+    """What both endpoints share."""
 
     prefix, kind, chunk_kind = "", "", ""
     opening: Sequence[dict[str, Any]] = ()  # choices of chunks that come before everything
 
     def __init__(self, service: Service, metrics: Metrics, speller: Speller, body: Body) -> None:
-        self.service, self.speller, self.body = service, speller, body
-        worker = service.worker
+        self.service, self.metrics, self.speller, self.body = service, metrics, speller, body
+
+    async def open(self) -> None:
+        """Takes the requests in. Raises APIError when the call can't be answered."""
+        body, worker, metrics = self.body, self.service.worker, self.metrics
         try:
-            prompts = self.prompts()
+            worker.check_room(self.count() * body.n)
+            prompts = await asyncio.to_thread(self.prompts)
             requests = [Request(p, self.sampling(p, index)) for p in prompts for index in range(body.n)]
             self.call = worker.open(requests)
         except (ValueError, Busy, Failed) as error:
@@ -67,8 +74,12 @@ class Answer(ABC):
     # -- what the endpoints differ in ----------------------------------------------------------------------------
 
     @abstractmethod
+    def count(self) -> int:
+        """Prompts there are."""
+
+    @abstractmethod
     def prompts(self) -> list[list[int]]:
-        """Token ids of each prompt."""
+        """Token ids of each prompt. Called in a thread."""
 
     @abstractmethod
     def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
@@ -105,12 +116,18 @@ class Answer(ABC):
     async def events(self) -> AsyncIterator[tuple[int, Event]]:
         try:
             async for index, event in self.call:
+                if event.error is not None:
+                    message = f"a completion broke: {type(event.error).__name__}: {event.error}"
+                    raise APIError(500, " ".join(message.split()), code="completion_failed") from event.error
                 self.completion_tokens += event.token is not None
                 self.watch.see(index, event)
                 yield index, event
-        except Failed:
+        except APIError:
             self.watch.close("failed")
             raise
+        except Failed as error:
+            self.watch.close("failed")
+            raise translate(error) from error
 
     def close(self) -> None:
         """Any number of times."""
@@ -130,8 +147,6 @@ class Answer(ABC):
         try:
             async for index, event in self.events():
                 rows[index].append(event)
-        except Failed as error:
-            raise translate(error) from error
         finally:
             self.close()
         choices = [self.choice(index, "".join(e.text for e in events), events) for index, events in enumerate(rows)]
@@ -146,8 +161,8 @@ class Answer(ABC):
             async for index, event in self.events():
                 for choice in self.deltas(index, event):
                     yield _sse({**head, "choices": [choice]})
-        except Failed as error:  # too late for a status
-            yield _sse(translate(error).json())
+        except APIError as error:  # too late for a status
+            yield _sse(error.json())
             return
         if with_usage:
             yield _sse({**head, "choices": [], "usage": self.usage()})
@@ -172,16 +187,23 @@ class CompletionAnswer(Answer):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
     body: Completion
 
+    def count(self) -> int:
+        return len(self.body.prompts())
+
     def prompts(self) -> list[list[int]]:
-        engine, given = self.service.worker.engine, self.body.prompts()
-        prompts = [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in given]
-        self.echoes = [""] * len(prompts) * self.body.n
-        if self.body.echo:
-            if engine.tokenizer is None:
-                raise ValueError("echo: the model has no tokenizer, so there is no text to repeat")
-            texts = [p if isinstance(p, str) else _decode(engine, p) for p in given]
-            self.echoes = [text for text in texts for _ in range(self.body.n)]
-        return prompts
+        engine = self.service.worker.engine
+        if self.body.echo and engine.tokenizer is None:
+            raise ValueError("echo: the model has no tokenizer, so there is no text to repeat")
+        return [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.body.prompts()]
+
+    @cached_property
+    def echoes(self) -> list[str]:
+        """What comes before each completion."""
+        if not self.body.echo:
+            return [""] * self.rows
+        decode = self.service.worker.engine.tokenizer.decode
+        texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in self.body.prompts()]
+        return [text for text in texts for _ in range(self.body.n)]
 
     def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
         return {"max_tokens": self.body.max_tokens, "logprobs": self.body.logprobs}
@@ -208,11 +230,20 @@ class ChatAnswer(Answer):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     body: ChatCompletion
 
+    def count(self) -> int:
+        return 1
+
     def prompts(self) -> list[list[int]]:
         if self.service.chat is None:
             raise ValueError("messages: this model has no chat template; use /v1/completions")
-        self.begun: set[int] = set()
-        return [self.service.chat.encode([turn.plain() for turn in self.body.messages])]
+        turns = [turn.plain() for turn in self.body.messages]
+        self.service.worker.engine.check_text(*(turn["content"] for turn in turns))
+        return [self.service.chat.encode(turns)]
+
+    @cached_property
+    def begun(self) -> set[int]:
+        """Completions whose first chunk was made."""
+        return set()
 
     def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
         room = self.service.worker.engine.memory.longest - len(prompt)
@@ -252,10 +283,6 @@ class ChatAnswer(Answer):
 
 def _delta(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-def _decode(engine: Any, tokens: Sequence[int]) -> str:
-    return engine.tokenizer.decode([token for token in tokens if 0 <= token < engine.model.config.vocab])
 
 
 def _sse(chunk: dict[str, Any]) -> str:

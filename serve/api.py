@@ -2,7 +2,8 @@
 beside it /health and /metrics.
 
 `create_app(service)` is a plain ASGI application; Ray Serve runs it in `serve.app`. Every error has OpenAI's shape.
-With keys, all but /health asks for one of them; without, only clients on this machine are served.
+With keys, all but /health asks for one of them; without, only clients on this machine are served. A body is taken in
+up to MOST_BYTES, whoever sends it.
 """
 
 import hmac
@@ -16,7 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.answers import Answer, ChatAnswer, CompletionAnswer, Service, Stream
 from serve.errors import APIError, invalid, translate
@@ -27,11 +28,14 @@ from serve.worker import Failed
 
 __all__ = ["Service", "create_app"]
 
+MOST_BYTES = 8 * 2**20  # of a body: hundreds of prompts of thousands of tokens
+
 
 def create_app(service: Service) -> FastAPI:
     """The application for one model."""
     app = FastAPI(title="Edifice", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard, keys=service.keys)
+    app.add_middleware(Limit, most=MOST_BYTES)
+    app.add_middleware(Guard, keys=service.keys)  # the last one added comes first
     metrics = Metrics(service.worker, service.name, service.replica)
     speller = Speller(service.worker.engine.tokenizer)
 
@@ -48,6 +52,11 @@ def create_app(service: Service) -> FastAPI:
     async def malformed(_: HTTPRequest, error: RequestValidationError) -> Response:
         metrics.count("invalid")
         return invalid(error.errors()[0]).response()
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: HTTPRequest, error: Exception) -> Response:
+        """What went wrong is in the log: it is raised again behind this answer."""
+        return APIError(500, "the server failed on this request; its log says why").response()
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -109,7 +118,28 @@ class Guard:
         )
 
 
+class Limit:
+    """ASGI middleware: how much one may send. Counted as it comes, for a client need not tell beforehand."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self.most:
+                raise HTTPException(413, f"the body has more than the {self.most} bytes that are allowed")
+            return message
+
+        await self.app(scope, counted, send)
+
+
 async def _respond(answer: Answer) -> Response:
+    await answer.open()
     return Stream(answer) if answer.body.stream else JSONResponse(await answer.whole())
 
 

@@ -44,8 +44,8 @@ class Request:
 class Event:
     """What a step did for request `id`: a token (None: none), the text that became certain, why it ended (None: not).
 
-    reason: stop (end token or stop text), length, cancelled. logprobs: when the request asks for them. offset: whole
-    characters of the completion before the token.
+    reason: stop (end token or stop text), length, cancelled, error. logprobs: when the request asks for them. offset:
+    whole characters of the completion before the token. error: what broke this request, and no other.
     """
 
     id: int
@@ -54,6 +54,7 @@ class Event:
     reason: str | None
     logprobs: Logprobs | None = None
     offset: int = 0
+    error: Exception | None = None
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,19 @@ class Engine:
             raise ValueError(
                 f"{type(model).__name__} is not a causal decoder, so it cannot be served as a language model"
             )
+        if model.needs_memory:
+            raise ValueError(
+                f"{type(model).__name__} needs an encoder's output beside each prompt, which cannot be given here; "
+                "serve a decoder without cross attention"
+            )
         self.model, self.tokenizer, self.max_len = model.eval(), tokenizer, max_len
         self.device = model.embedding.weight.device
         self.memory = StateMemory(model.state_spec(max_len), max_rows, max_len, memory_bytes, page, self.device)
         self.scheduler = Scheduler(self.memory, chunk)
         known = [] if tokenizer is None else [tokenizer.token_to_id(end) for end in (EOS, END, *ends)]
         self.ends = frozenset(token for token in known if token is not None)
+        vocab = () if tokenizer is None else tokenizer.get_vocab()
+        self._longest_text = max_len * max((len(token.encode()) for token in vocab), default=0)  # in bytes
         self._ids = count()
         self._live: dict[int, Sequence] = {}
         self._pending: list[Event] = []
@@ -112,20 +120,27 @@ class Engine:
         return bool(self._live or self._pending)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text prompt, which opens a document. ValueError without a tokenizer."""
+        """Token ids of a text prompt, which opens a document. ValueError without a tokenizer, or as `check_text`."""
         if self.tokenizer is None:
             raise ValueError("prompt: the model has no tokenizer, so the prompt must be token ids")
+        self.check_text(text)
         start = self.tokenizer.token_to_id(BOS)
         return ([] if start is None else [start]) + self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def check_text(self, *texts: str) -> None:
+        """ValueError when `texts`, one after the other, are too long whatever their tokens: it is told at once."""
+        size = sum(len(text.encode()) for text in texts)
+        if size > self._longest_text:
+            raise ValueError(
+                f"prompt has {size} bytes, more than any {self.max_len} tokens of this model: together with max_tokens "
+                f"at most {self.max_len} are allowed"
+            )
 
     def check(self, request: Request) -> None:
         """ValueError when `request` can never be answered."""
         vocab, sampling = self.model.config.vocab, request.sampling
         if not request.prompt:
             raise ValueError("prompt: must have at least one token")
-        wrong = next((t for t in (*request.prompt, *request.resumed) if not 0 <= t < vocab), None)
-        if wrong is not None:
-            raise ValueError(f"prompt: token {wrong} is not in the vocabulary of {vocab} tokens")
         if len(request.resumed) >= sampling.max_tokens:
             raise ValueError(f"resumed: {len(request.resumed)} tokens, but max_tokens={sampling.max_tokens}")
         total = len(request.prompt) + sampling.max_tokens
@@ -134,6 +149,9 @@ class Engine:
                 f"prompt has {len(request.prompt)} tokens and max_tokens is {sampling.max_tokens}: together at most "
                 f"{self.max_len} are allowed"
             )
+        wrong = next((t for t in (*request.prompt, *request.resumed) if not 0 <= t < vocab), None)
+        if wrong is not None:
+            raise ValueError(f"prompt: token {wrong} is not in the vocabulary of {vocab} tokens")
         if not self.memory.fits(total):
             raise ValueError(
                 f"prompt and max_tokens together are {total} tokens, more than fit into the engine's memory"
@@ -176,12 +194,7 @@ class Engine:
                 logits.append(done)
                 ready += [sequence for sequence, _ in group if not sequence.missing]
         if ready:
-            logits_BC = logits[0] if len(logits) == 1 else torch.cat(logits)
-            samplings = [sequence.sampling for sequence in ready]
-            generated = [s.tokens[s.prompt :] if s.sampling.penalized else () for s in ready]
-            tokens = sample(penalize(logits_BC, samplings, generated), samplings, [s.generated for s in ready])
-            told = logprobs(logits_BC, tokens, samplings)
-            events += [self._accept(*drawn) for drawn in zip(ready, tokens, told)]
+            events += self._draw(ready, logits[0] if len(logits) == 1 else torch.cat(logits))
         return events
 
     def _compute(self, group: Work) -> Tensor | None:
@@ -209,6 +222,33 @@ class Engine:
             x_BTD = x_BTD[row_N, column_N][:, None]
         return self.model.head(x_BTD, at)[0][:, 0]
 
+    def _draw(self, ready: list[Sequence], logits_BC: Tensor) -> list[Event]:
+        """The next token of each sequence. What breaks is tried again one by one: who breaks alone ends alone."""
+        samplings = [sequence.sampling for sequence in ready]
+        try:
+            generated = [s.tokens[s.prompt :] if s.sampling.penalized else () for s in ready]
+            tokens = sample(penalize(logits_BC, samplings, generated), samplings, [s.generated for s in ready])
+            told = logprobs(logits_BC, tokens, samplings)
+        except FloatingPointError:  # it is the model that broke, and the memory others share may be damaged
+            raise
+        except Exception as error:
+            if len(ready) == 1:
+                return [self._fail(ready[0], error)]
+            return [self._draw([sequence], logits_BC[row : row + 1])[0] for row, sequence in enumerate(ready)]
+        events = []
+        for sequence, token, own in zip(ready, tokens, told):
+            try:
+                events.append(self._accept(sequence, token, own))
+            except Exception as error:
+                events.append(self._fail(sequence, error))
+        return events
+
+    def _fail(self, sequence: Sequence, error: Exception) -> Event:
+        """Ends one sequence, and goes on with the others."""
+        del self._live[sequence.id]  # first: one that has ended already is an error of the engine
+        self.scheduler.remove(sequence)
+        return Event(sequence.id, None, "", "error", error=error)
+
     def _accept(self, sequence: Sequence, token: int, told: Logprobs | None) -> Event:
         """The next token of a sequence, and whether it is the last."""
         sequence.tokens.append(token)
@@ -233,7 +273,10 @@ class Engine:
     def generate(
         self, prompts: Iterable[str | Items[int]], sampling: Sampling | Items[Sampling] = _DEFAULT
     ) -> list[Result]:
-        """Complete `prompts`, texts or token ids, with one sampling for all or one each. Blocks until all are done."""
+        """Complete `prompts`, texts or token ids, with one sampling for all or one each. Blocks until all are done.
+
+        When something breaks one of them, it is raised in the end.
+        """
         prompts = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(prompts):
@@ -250,6 +293,9 @@ class Engine:
                 if event.reason is not None:
                     open_ids.discard(event.id)
         self._pending += others
+        broken = next((events[-1].error for events in mine.values() if events[-1].error is not None), None)
+        if broken is not None:
+            raise broken
         return [_result(events) for events in mine.values()]
 
 

@@ -10,6 +10,7 @@ from serve.worker import Busy, Failed
 RETRY_SECONDS = 1  # after which an overloaded server is asked again
 _TYPES = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_SECONDS)}}
+_OWN = ("extra_forbidden", "value_error")  # complaints that say more than the shape of the field
 _FIELDS = {name for body in (Completion, ChatCompletion) for name in (*body.model_fields, *body.neutral)}
 
 
@@ -49,4 +50,7 @@ def invalid(error: dict[str, Any]) -> APIError:
     if name == "messages" and len(place) > 2:
         field = str(place[2])
         name = f"messages[{place[1]}].{field}"
-    return APIError(400, f"{name}: {SHAPES.get(field, message[0].lower() + message[1:])}", str(place[0]))
+    elif name == "messages" and error["type"] == "value_error":  # of a message as a whole; it begins with the field
+        return APIError(400, f"messages[{place[1]}].{message}", name)
+    own = message[0].lower() + message[1:]
+    return APIError(400, f"{name}: {own if error['type'] in _OWN else SHAPES.get(field, own)}", str(place[0]))

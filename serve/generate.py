@@ -27,6 +27,8 @@ def main() -> None:
     print(given.prompt, end="", flush=True)
     while engine.busy:
         for event in engine.step():
+            if event.error is not None:
+                raise event.error
             print(event.text, end="", flush=True)
     print()
 

@@ -121,7 +121,9 @@ def sample(logits_BC: Tensor, samplings: Sequence[Sampling], positions: Sequence
             return tokens
         least_N1 = weights_NC.gather(1, drawn_N[:, None])
         weights_NC = torch.where(weights_NC > least_N1, weights_NC, 0.0)
-        outside_M = (weights_NC.sum(-1) >= limit_N).nonzero()[:, 0]
+        mass_N = weights_NC.sum(-1)
+        # Nothing is likelier than the top token: it stays, also when top_p is so small that its limit is 0 in fp32.
+        outside_M = ((mass_N >= limit_N) & (mass_N > 0)).nonzero()[:, 0]
         if not len(outside_M):
             return tokens
         weights_NC, limit_N = weights_NC[outside_M], limit_N[outside_M]

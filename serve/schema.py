@@ -4,7 +4,7 @@ A field that OpenAI has and this server has not is accepted with its neutral val
 something else than it asked for. Anything unknown is an error. null means the default.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +18,7 @@ SHAPES = {  # of fields with several types, whose own messages would name only o
     "role": "must be system, developer, user or assistant; tools are not supported by this server",
     "content": 'must be a text, or a list of parts {"type": "text", "text": ...}',
 }
+FIRST = Field(fail_fast=True)  # of a list: one complaint is told, so the first is enough; a million take seconds
 
 
 class StreamOptions(BaseModel):
@@ -28,7 +29,7 @@ class StreamOptions(BaseModel):
 class Body(BaseModel):
     """The fields that both endpoints have."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     neutral: ClassVar[dict[str, tuple]] = {"logit_bias": ({},), "store": (False,), "metadata": ({},)}
 
     model: str
@@ -39,7 +40,7 @@ class Body(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    stop: str | list[str] = Field(default_factory=list)
+    stop: str | Annotated[list[str], FIRST] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -65,6 +66,8 @@ class Body(BaseModel):
             self.stop = [self.stop]
         if not all(self.stop) or len(self.stop) > STOPS:
             raise ValueError(f"stop: {SHAPES['stop']}, none of them empty")
+        check_unicode("stop", *self.stop)
+        check_unicode("user", self.user)
         return self
 
 
@@ -73,7 +76,12 @@ class Completion(Body):
 
     neutral: ClassVar[dict[str, tuple]] = {**Body.neutral, "suffix": ("",)}
 
-    prompt: str | list[int] | list[str] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[int], FIRST]
+        | Annotated[list[str], FIRST]
+        | Annotated[list[Annotated[list[int], FIRST]], FIRST]
+    )
     max_tokens: int = Field(16, ge=1)
     echo: bool = False
     logprobs: int | None = Field(None, ge=0, le=5)
@@ -83,6 +91,7 @@ class Completion(Body):
     def _prompt(self) -> "Completion":
         if isinstance(self.prompt, list) and not all([self.prompt, *(p != [] for p in self.prompt)]):
             raise ValueError(f"prompt: {SHAPES['prompt']}, none of them empty")
+        check_unicode("prompt", *(prompt for prompt in self.prompts() if isinstance(prompt, str)))
         if self.best_of not in (None, self.n):
             raise ValueError("best_of: not supported by this server; leave it out")
         if self.echo and self.logprobs is not None:
@@ -107,13 +116,18 @@ class Turn(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], FIRST]
 
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, turn: Any) -> Any:
         """Drops null, of which OpenAI's answers have many, and an answer may be sent back."""
         return {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
+
+    @model_validator(mode="after")
+    def _content(self) -> "Turn":
+        check_unicode("content", self.plain()["content"])
+        return self
 
     def plain(self) -> dict[str, str]:
         """As templates know it: developer is a newer name of system."""
@@ -136,7 +150,7 @@ class ChatCompletion(Body):
         "service_tier": ("auto", "default"),
     }
 
-    messages: list[Turn] = Field(min_length=1)
+    messages: Annotated[list[Turn], FIRST] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -151,6 +165,17 @@ class ChatCompletion(Body):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: allowed only with logprobs=true")
         return self
+
+
+def check_unicode(name: str, *texts: str) -> None:
+    """ValueError for half a character: JSON can spell one (\\ud800), and no encoding of it exists."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{name}: must be Unicode text, and there is half a character (a lone surrogate) in it"
+        ) from None
 
 
 class Message(BaseModel):

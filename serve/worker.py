@@ -81,19 +81,22 @@ class Worker:
         if self.failure is not None:
             raise Failed(f"the engine stopped: {self.failure}")
 
-    def admit(self, requests: Sequence[Request]) -> None:
-        """Raises ValueError for requests that can never be answered, Busy for too many, Failed when all is lost."""
+    def check_room(self, count: int) -> None:
+        """Raises ValueError for more requests than there is ever room for, Busy for more than now, Failed as `check`.
+
+        Whoever has work to do before `open` asks first.
+        """
         self.check()
-        if len(requests) > self.limit:
-            raise ValueError(f"prompt: {len(requests)} completions in one request, at most {self.limit} are allowed")
-        for request in requests:
-            self.engine.check(request)
-        if self._open + len(requests) > self.limit:
+        if count > self.limit:
+            raise ValueError(f"prompt: {count} completions in one request, at most {self.limit} are allowed")
+        if self._open + count > self.limit:
             raise Busy(f"{self._open} requests are running or waiting already, try again later")
 
     def open(self, requests: Sequence[Request]) -> Call:
-        """Takes `requests` in at once. Raises as `admit`."""
-        self.admit(requests)
+        """Takes `requests` in at once. Raises as `check_room`, and ValueError for what can never be answered."""
+        self.check_room(len(requests))
+        for request in requests:
+            self.engine.check(request)
         call = Call(self, requests)
         self._open += len(requests)
         self._inbox.put(("submit", call))

@@ -1,6 +1,8 @@
 """The HTTP routes without Ray: shapes, errors in OpenAI's form, and who may come in."""
 
 import json
+import threading
+import time
 
 import pytest
 from starlette.testclient import TestClient
@@ -10,6 +12,7 @@ from serve.engine import Engine
 from serve.worker import Worker
 
 HERE = ("127.0.0.1", 1234)
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +99,24 @@ def test_null_and_neutral_values_change_nothing(client):
             "stream_options",
             "stream_options: allowed only with stream",
         ),
+        ({"temperature": float("nan")}, 400, "temperature", "temperature: input should be a finite number"),
+        ({"top_p": float("inf")}, 400, "top_p", "top_p: input should be a finite number"),
+        ({"messages": []}, 400, "messages", "messages: extra inputs are not permitted"),
+        ({"prompt": "a\ud800"}, 400, "prompt", "prompt: must be Unicode text, and there is half a character"),
+        ({"prompt": ["a", "\udfff"]}, 400, "prompt", "prompt: must be Unicode text, and there is half a character"),
+        ({"stop": ["a", "\ud800"]}, 400, "stop", "stop: must be Unicode text"),
+        ({"user": "\ud800"}, 400, "user", "user: must be Unicode text"),
+        ({"\ud800": 1}, 400, None, "unable to parse raw data as a unicode string"),
+        ({"prompt": "a" * 2601}, 400, "prompt", "prompt has 2601 bytes, more than any 200 tokens of this model"),
+        ({"prompt": ["a"] * 5}, 400, "prompt", "prompt: 5 completions in one request, at most 4 are allowed"),
         ({"n": 5}, 400, "prompt", "prompt: 5 completions in one request, at most 4 are allowed"),
     ],
-    ids=lambda value: json.dumps(value) if isinstance(value, dict) else None,
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
 )
 def test_errors(client, body, status, param, message):
-    answer = post(client, **body)
+    # Not `post`: httpx itself refuses NaN and half a character.
+    content = json.dumps({"model": "tiny", "prompt": "def", "max_tokens": 4, **body})
+    answer = client.post("/v1/completions", content=content, headers=JSON)
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert (answer.status_code, error["type"], error["param"]) == (status, "invalid_request_error", param)
@@ -121,6 +136,57 @@ def test_other_errors_have_the_same_shape(client):
     ]:
         assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert client.get("/v1/models/tiny").json()["id"] == client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+
+
+def test_large_bodies(client):
+    """In one piece, and in many that do not tell how many there will be."""
+    body = json.dumps({"model": "tiny", "prompt": "a" * 2**23}).encode()
+    for content in (body, (body[start : start + 2**20] for start in range(0, len(body), 2**20))):
+        answer = client.post("/v1/completions", content=content, headers=JSON)
+        assert answer.status_code == 413
+        assert "the body has more than the 8388608 bytes that are allowed" in answer.json()["error"]["message"]
+    start = time.monotonic()
+    for prompt in ("a" * 8_000_000, [1] * 1_000_000 + ["a"], ["a"] * 1_000_000):
+        assert post(client, prompt=prompt).status_code == 400
+    assert time.monotonic() - start < 5
+
+
+def test_what_nobody_expected_has_the_same_shape(worker, monkeypatch):
+    client = TestClient(create_app(Service(worker, "tiny")), client=HERE, raise_server_exceptions=False)
+    monkeypatch.setattr(worker.engine, "encode", None)
+    answer = post(client)
+    assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_encoding_is_done_beside_the_event_loop(client, worker, monkeypatch):
+    threads, encode = [], worker.engine.encode
+
+    def told(text):
+        threads.append(threading.current_thread().name)
+        return encode(text)
+
+    monkeypatch.setattr(worker.engine, "encode", told)
+    assert post(client).status_code == 200
+    assert post(client, prompt=["a"] * 3, n=2).status_code == 400  # too many: before anything is encoded
+    assert len(threads) == 1 and threads[0].startswith("asyncio_")
+
+
+def test_a_completion_that_breaks_leaves_the_engine_alone(client, worker, monkeypatch):
+    import serve.engine
+
+    def broken(logits_BC, samplings, positions):
+        raise IndexError("no such row")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(serve.engine, "sample", broken)
+        answer = post(client, n=2)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "completion_failed")
+        assert answer.json()["error"]["message"] == "a completion broke: IndexError: no such row"
+        assert '"completion_failed"' in post(client, stream=True).text
+    assert client.get("/health").status_code == 200 and worker._open == 0
+    assert 'requests_total{model="tiny",outcome="failed",replica=""} 3.0' in client.get("/metrics").text
+    assert post(client, top_p=1e-46).status_code == 200
 
 
 def test_keys(worker):

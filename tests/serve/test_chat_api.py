@@ -131,6 +131,12 @@ def test_stop_texts(ask):
             "messages",
             r"messages\[0\].name: extra inputs",
         ),
+        ({"extra_body": {"prompt": "a"}}, "prompt", "prompt: extra inputs are not permitted"),
+        (
+            {"messages": [{"role": "user", "content": "a" * (MAX_LEN * 13 + 1)}]},
+            "messages",
+            "prompt has 1041 bytes, more than any 80 tokens of this model",
+        ),
         ({"tools": [{"type": "function"}]}, "tools", "tools: not supported by this server; leave it out"),
         ({"response_format": {"type": "json_object"}}, "response_format", "response_format: not supported"),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs: allowed only with logprobs=true"),
@@ -149,6 +155,15 @@ def test_errors(client, body, param, message):
     with pytest.raises(openai.BadRequestError, match=message) as refused:
         client.chat.completions.create(**{"model": "tiny", "messages": MESSAGES, **body})
     assert refused.value.param == param and "\n" not in refused.value.message
+
+
+def test_half_characters(worker, tokenizer):
+    http = TestClient(create_app(Service(worker, "tiny", chat=Chat(tokenizer))), client=("127.0.0.1", 1))
+    for content in ('"\\ud800"', '[{"type": "text", "text": "\\ud800"}]'):
+        body = f'{{"model": "tiny", "messages": [{{"role": "user", "content": {content}}}]}}'
+        answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
+        assert answer.json()["error"]["message"].startswith("messages[0].content: must be Unicode text")
 
 
 def test_models_without_a_template_and_templates_that_refuse(worker, tokenizer):

@@ -217,6 +217,58 @@ def test_what_can_never_be_answered_is_refused_in_one_line(model, tokenizer):
         Engine(model, chunk=0)
     with pytest.raises(ValueError, match="is not a causal decoder"):
         Engine(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="^EncoderDecoder needs an encoder's output beside each prompt") as error:
+        Engine(models.build("encoder_decoder"))
+    assert "\n" not in str(error.value)
+
+
+def test_long_texts_are_refused_without_encoding_them(decoder, tokenizer, monkeypatch):
+    engine = Engine(decoder, tokenizer, max_len=20)
+    longest = max(tokenizer.get_vocab(), key=lambda token: len(token.encode()))
+    most = 20 * len(longest.encode())
+    assert longest == "<|assistant|>" and len(engine.encode(longest * 19)) == 20  # with the one that opens it
+    assert engine.encode("a" * most)
+    monkeypatch.setattr(engine, "tokenizer", None)
+    for texts in (["a" * (most + 1)], ["a" * most, "b"], ["\u4f60" * (most // 3 + 1)]):
+        with pytest.raises(ValueError, match="^prompt has .* bytes, more than any 20 tokens of this model: together"):
+            engine.check_text(*texts)
+
+
+@pytest.mark.parametrize("where", ["sample", "logprobs", "text"])
+def test_a_request_that_breaks_ends_alone(decoder, tokenizer, where, monkeypatch):
+    """The others say what they would have said."""
+    import serve.engine
+
+    engine = Engine(decoder, tokenizer, max_rows=4, max_len=64)
+    samplings = [Sampling(max_tokens=9, seed=n, ignore_eos=True) for n in range(3)]
+    expected = [engine.generate([[5, 6]], sampling)[0].tokens for sampling in samplings]
+
+    def breaking(own):
+        def broken(logits_BC, second, third):
+            for arguments in (second, third):
+                if any(getattr(sampling, "seed", None) == 1 for sampling in arguments):
+                    raise RuntimeError("it broke")
+            return own(logits_BC, second, third)
+
+        return broken
+
+    if where != "text":
+        monkeypatch.setattr(serve.engine, where, breaking(getattr(serve.engine, where)))
+    ids = [engine.submit(Request([5, 6], sampling)) for sampling in samplings]
+    if where == "text":
+        engine._live[ids[1]].text.push = None
+    events = {id: [] for id in ids}
+    while engine.busy:
+        for event in engine.step():
+            events[event.id].append(event)
+    first, broken, last = events.values()
+    assert [[event.token for event in own] for own in (first, last)] == [expected[0], expected[2]]
+    assert [(event.token, event.reason) for event in broken] == [(None, "error")] and broken[0].error is not None
+    assert engine.memory.free_rows == 4
+    if where != "text":
+        with pytest.raises(RuntimeError, match="^it broke$"):
+            engine.generate([[5, 6]] * 3, samplings)
+        assert not engine.busy
 
 
 def test_the_engine_needs_neither_ray_nor_a_web_server():

@@ -68,7 +68,7 @@ options = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 1e-40, 0.3, 1.0, 2.0]),
     top_k=st.sampled_from([0, 1, 3, 300, 5000]),
-    top_p=st.sampled_from([1e-9, 0.5, 0.99, 0.999999999, 1.0]),
+    top_p=st.sampled_from([1e-46, 1e-9, 0.5, 0.99, 0.999999999, 1.0]),
     seed=st.integers(0, 2**64 - 1),
 )
 
@@ -87,7 +87,7 @@ def test_a_row_draws_the_same_in_any_batch(rows, classes, seed):
     backwards = sample(logits_BC.flip(0), samplings[::-1], positions[::-1])[::-1]
     assert together == alone == backwards
     for logits_C, sampling, token in zip(logits_BC, samplings, together):
-        if sampling.temperature in (0.0, 1e-40) or sampling.top_k == 1 or sampling.top_p == 1e-9:
+        if sampling.temperature in (0.0, 1e-40) or sampling.top_k == 1 or sampling.top_p <= 1e-9:
             assert token == logits_C.argmax()
         if sampling.top_k:
             assert (logits_C > logits_C[token]).sum() < sampling.top_k
@@ -100,6 +100,13 @@ def test_flat_distributions_are_cut_in_the_middle():
         tokens = drawn(logits_C, Sampling(seed=0, **options), 3000).nonzero()[:, 0]
         assert least <= tokens.min() <= least + 20 and tokens.max() > 4980
     assert (drawn(torch.zeros(6), Sampling(seed=0, top_p=0.1), 300) > 0).all()
+
+
+def test_the_smallest_top_p_takes_the_top_token():
+    """1e-46 is 0 in fp32."""
+    logits_C = torch.tensor([0.0, 2.0, 1.0])
+    for options in ({}, {"top_k": 2}):
+        assert drawn(logits_C, Sampling(seed=0, top_p=1e-46, **options), 50).tolist() == [0, 50, 0]
 
 
 def test_damaged_models_are_told_apart():
