@@ -4,6 +4,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -24,6 +25,7 @@ class Cluster(NamedTuple):
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
+    sockets = tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True)  # their paths have 107 bytes
     gcs, dashboard, agent, client, metrics = free_ports(5)
     # The token is this cluster's own: whatever a person has in ~/.ray stays out of it.
     variables = environment(
@@ -37,7 +39,7 @@ def cluster(tmp_path_factory):
     command += ["--node-ip-address=127.0.0.1", f"--port={gcs}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += [f"--dashboard-agent-listen-port={agent}", f"--ray-client-server-port={client}"]
-    command += [f"--metrics-export-port={metrics}", f"--temp-dir={home / 'ray'}"]
+    command += [f"--metrics-export-port={metrics}", f"--temp-dir={sockets.name}"]
     log = (home / "head.log").open("w")
     head = subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
     address = f"http://127.0.0.1:{dashboard}"
@@ -51,6 +53,7 @@ def cluster(tmp_path_factory):
             head.wait(30)
         except subprocess.TimeoutExpired:
             head.kill()
+        sockets.cleanup()
 
 
 def answers(address: str) -> bool:

@@ -1,6 +1,7 @@
 """Real processes for tests: their environment, free ports, and ranks that are joined."""
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 def free_ports(count: int) -> list[int]:
     """Ports nobody has, below those Ray gives to workers."""
     found, sockets = [], []
-    for port in range(7100 + os.getpid() % 500, 10_000):
+    for port in range(7100 + secrets.randbelow(2000), 10_000):
         each = socket.socket()
         try:
             each.bind(("127.0.0.1", port))
