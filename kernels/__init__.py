@@ -11,7 +11,7 @@ from kernels.generalized_delta import generalized_delta
 from kernels.linear_attention import linear_attention
 from kernels.linear_cross_entropy import linear_cross_entropy
 from kernels.lstm import lstm
-from kernels.rms_norm import rms_norm
+from kernels.norm import layer_norm, rms_norm
 
 __all__ = [
     "View",
@@ -19,6 +19,7 @@ __all__ = [
     "conv1d",
     "gated_delta",
     "generalized_delta",
+    "layer_norm",
     "linear_attention",
     "linear_cross_entropy",
     "lstm",

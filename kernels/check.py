@@ -37,3 +37,15 @@ def segments(op: str, value: Tensor | None, rows: int, tokens: int) -> None:
     if value is not None:
         shape(op, "segments_BT", value, (rows, tokens), f"(B={rows}, T={tokens})")
         whole(op, "segments_BT", value)
+
+
+def dtype(op: str, name: str, x: Tensor, *allowed: torch.dtype) -> None:
+    """Raise unless `x` is of one of the dtypes."""
+    if x.dtype not in allowed:
+        raise TypeError(f"{op}: {name} must be {' or '.join(map(str, allowed))}, got {x.dtype}")
+
+
+def device(op: str, name: str, x: Tensor, other: Tensor) -> None:
+    """Raise unless `x` is where `other`, the op's first argument, is."""
+    if x.device != other.device:
+        raise ValueError(f"{op}: {name} must be on {other.device}, got {x.device}")

@@ -1,10 +1,12 @@
-"""A chunked form becomes a torch op: opaque to `torch.compile`, checkpointable, twice differentiable.
+"""An operation in three forms behind one call, each form a torch op that `torch.compile` and checkpointing see through.
 
-Forward runs the form without recording. Backward is a second op: a hand-written `grad` where one is given, else the
-form again with recording on. When autograd records inside backward (gradients of gradients), the form runs there in
-plain torch, so that everything behind it is ordinary autograd.
+`reference` is the definition and stays plain torch. `chunked` (CPUs) and `triton` (GPUs) become torch ops. Forward runs
+the form without recording. Backward is a second op: a hand-written gradient where there is one, else the form again
+with recording on. When autograd records inside backward (gradients of gradients), plain torch runs there, so that
+everything behind it is ordinary autograd.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,21 +14,99 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-FORMS = ("", "reference", "chunked")
+FORMS = ("", "reference", "chunked", "triton")
 FORM = os.environ.get("EDIFICE_KERNELS", "")
 if FORM not in FORMS:
-    raise ValueError(f"EDIFICE_KERNELS={FORM!r}: set it to reference or chunked, or leave it unset")
+    raise ValueError(f"EDIFICE_KERNELS={FORM!r}: set it to reference, chunked or triton, or leave it unset")
 
 
-def choose(reference: Callable, form: Callable, op: Callable) -> Callable:
-    """What the public function calls: the op, unless EDIFICE_KERNELS asks for the definition.
+class Op:
+    """One operation. Called with the same positional arguments whatever the form; the first one is a tensor.
 
-    Where nothing records and nothing is traced, as in a decode step, the form itself: an op's dispatch costs more there
-    than a small tensor's arithmetic.
+    reference, chunked: functions of the same arguments; `chunked` is annotated with tensors, optional tensors, ints,
+             floats, bools and strings, and returns a tensor or a tuple of them.
+    fake:    same arguments; empty outputs of chunked's shapes, dtypes and devices.
+    grad:    (args, outputs, grads, needs) -> a gradient for each True of `needs` (one bool per argument), in order.
+    saved:   how many trailing outputs of chunked exist for `grad` alone; the caller never sees them.
+    twice:   a form that autograd can differentiate any number of times, where `chunked` is not one.
+    differentiable: False for inference and selection: no gradient is registered.
+
+    `kernels/<name>/triton.py` is loaded when a GPU or EDIFICE_KERNELS asks for it. It has `forward`, annotated as
+    `chunked` is, and `grad` where the op is differentiable. If forward returns tensors for grad beyond the op's own, it
+    also has `SAVED`, their number, and its own `fake`. `takes(*args)`, where there is one, says which calls it serves;
+    on a GPU the others, and float64, go to `chunked`.
     """
-    if FORM == "reference":
-        return reference
-    return op if torch.is_grad_enabled() or torch.compiler.is_compiling() else form
+
+    def __init__(
+        self,
+        name: str,
+        reference: Callable,
+        chunked: Callable,
+        fake: Callable,
+        *,
+        grad: Callable | None = None,
+        saved: int = 0,
+        twice: Callable | None = None,
+        differentiable: bool = True,
+    ) -> None:
+        self.name, self.reference, self.differentiable = name, reference, differentiable
+        self._fake, self._twice = fake, twice or chunked
+        self.chunked = Form(name, chunked, fake, grad, saved, self._twice, differentiable)
+        self._triton = self._takes = None
+        if torch.cuda.is_available():
+            self.load_triton()
+
+    def __call__(self, *args):
+        form = FORM or ("triton" if args[0].is_cuda and self._serves(args) else "chunked")
+        if form == "reference":
+            return self.reference(*args)
+        if form == "chunked":
+            return self.chunked(*args)
+        if self._triton is None:
+            self.load_triton()
+        if FORM and not self._serves(args):
+            raise ValueError(f"{self.name}: EDIFICE_KERNELS=triton, but the Triton form does not take these arguments")
+        return self._triton(*args)
+
+    @property
+    def triton(self) -> "Form":
+        """The GPU form."""
+        if self._triton is None:
+            self.load_triton()
+        return self._triton
+
+    def load_triton(self) -> None:
+        """Import `kernels/<name>/triton.py` and register what it has."""
+        module = importlib.import_module(f"kernels.{self.name}.triton")
+        self._takes = getattr(module, "takes", None)
+        fake = getattr(module, "fake", self._fake)
+        grad = module.grad if self.differentiable else None
+        saved = getattr(module, "SAVED", 0)
+        name = f"{self.name}_triton"
+        self._triton = Form(name, module.forward, fake, grad, saved, self._twice, self.differentiable)
+
+    def _serves(self, args: Sequence) -> bool:
+        if any(isinstance(x, Tensor) and x.dtype in (torch.float64, torch.complex128) for x in args):
+            return False
+        return self._takes is None or self._takes(*args)
+
+
+class Form:
+    """One form of an op: the function itself, and the torch op made of it."""
+
+    def __init__(self, name, run, fake, grad, saved, twice, differentiable) -> None:
+        self.run, self.saved = run, saved
+        self.op = register(name, run, fake, grad=grad, saved=saved, twice=twice, differentiable=differentiable)
+
+    def __call__(self, *args):
+        # Where nothing records and nothing is traced, as in a decode step, the function itself: an op's dispatch costs
+        # more there than a small tensor's arithmetic.
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        outputs = (self.op if recorded else self.run)(*args)
+        if not self.saved:
+            return outputs
+        outputs = outputs[: -self.saved]
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 def register(
@@ -37,15 +117,9 @@ def register(
     grad: Callable | None = None,
     saved: int = 0,
     twice: Callable | None = None,
+    differentiable: bool = True,
 ) -> Callable:
-    """Register `edifice::name` and `edifice::name_backward`; returns the op.
-
-    form:  annotated function of tensors, optional tensors, ints, floats and bools; returns a tensor or a tuple.
-    fake:  same arguments; empty outputs of the right shapes, dtypes and devices.
-    grad:  (args, outputs, grads, needs) -> a gradient for each True of `needs` (one bool per argument), in order.
-    saved: how many trailing outputs exist for `grad` alone; the caller ignores them and they carry no gradient.
-    twice: a form that autograd can differentiate any number of times, where `form` is not one.
-    """
+    """Register `edifice::name` and `edifice::name_backward`, arguments as of `Op`; returns the op."""
 
     def run_form(*args):
         outputs = form(*args)
@@ -54,6 +128,8 @@ def register(
     schema = torch.library.infer_schema(form, mutates_args=())
     forward = torch.library.custom_op(f"edifice::{name}", run_form, mutates_args=(), schema=schema)
     forward.register_fake(fake)
+    if not differentiable:
+        return forward
     arguments = forward._opoverload._schema.arguments
     places = [i for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
     inputs = ", ".join(f"{_schema_type(a.type)} {a.name}" for a in arguments)
@@ -161,4 +237,4 @@ def _schema_type(kind) -> str:
     text = str(kind)
     if text.startswith("Optional["):
         return _schema_type(text[len("Optional[") : -1]) + "?"
-    return {"Tensor": "Tensor", "int": "SymInt", "SymInt": "SymInt", "float": "float", "bool": "bool"}[text]
+    return {"int": "SymInt"}.get(text, text)

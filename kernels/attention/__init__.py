@@ -27,7 +27,7 @@ def _fake(
     return q_BTHK.new_empty(*q_BTHK.shape[:3], v_BTGV.shape[3])
 
 
-_op = op.register("attention", chunked, _fake, grad=grad, twice=twice)
+_op = op.Op("attention", reference, chunked, _fake, grad=grad, twice=twice)
 
 
 def attention(
@@ -86,4 +86,4 @@ def attention(
         past_k = past_v = length_B = table_BN = None  # no slots: nothing to read
     scale = size**-0.5 if scale is None else float(scale)
     past = (past_k, past_v, length_B, view.positions_BT, view.segments_BT, table_BN)
-    return op.choose(reference, chunked, _op)(q_BTHK, k, v, *past, scale, int(window), mask == "causal")
+    return _op(q_BTHK, k, v, *past, scale, int(window), mask == "causal")

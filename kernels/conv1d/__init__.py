@@ -23,7 +23,7 @@ def _fake(
     return torch.empty_like(x_BTD, memory_format=torch.contiguous_format), state
 
 
-_op = op.register("conv1d", chunked, _fake)
+_op = op.Op("conv1d", reference, chunked, _fake)
 
 
 def conv1d(
@@ -60,5 +60,4 @@ def conv1d(
     check.keep("conv1d", keep, tokens)
     if activation not in (None, "silu"):
         raise ValueError(f"conv1d: activation={activation!r} must be None or 'silu'")
-    run = op.choose(reference, chunked, _op)
-    return run(x_BTD, weight_DW, bias_D, state_BWD, segments_BT, activation == "silu", keep)
+    return _op(x_BTD, weight_DW, bias_D, state_BWD, segments_BT, activation == "silu", keep)

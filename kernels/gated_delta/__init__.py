@@ -26,7 +26,7 @@ def _fake(
     return torch.empty_like(v_BTHV, memory_format=torch.contiguous_format), state
 
 
-_op = op.register("gated_delta", chunked, _fake)
+_op = op.Op("gated_delta", reference, chunked, _fake)
 
 
 def gated_delta(
@@ -70,5 +70,4 @@ def gated_delta(
     check.segments(name, segments_BT, rows, tokens)
     check.keep(name, keep, tokens)
     scale = size**-0.5 if scale is None else float(scale)
-    run = op.choose(reference, chunked, _op)
-    return run(q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, state_BHKV, segments_BT, scale, keep)
+    return _op(q_BTHK, k_BTHK, v_BTHV, decay_BTH, beta_BTH, state_BHKV, segments_BT, scale, keep)

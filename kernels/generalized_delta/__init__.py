@@ -27,7 +27,7 @@ def _fake(
     return torch.empty_like(v_BTHV, memory_format=torch.contiguous_format), state
 
 
-_op = op.register("generalized_delta", chunked, _fake)
+_op = op.Op("generalized_delta", reference, chunked, _fake)
 
 
 def generalized_delta(
@@ -69,5 +69,4 @@ def generalized_delta(
         check.shape(name, "state_BHKV", state_BHKV, want, f"(B, H, K, V) = {want}")
     check.segments(name, segments_BT, rows, tokens)
     check.keep(name, keep, tokens)
-    run = op.choose(reference, chunked, _op)
-    return run(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, a_BTHK, b_BTHK, state_BHKV, segments_BT, float(scale), keep)
+    return _op(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, a_BTHK, b_BTHK, state_BHKV, segments_BT, float(scale), keep)

@@ -25,7 +25,7 @@ def _fake(
     return torch.empty_like(v_BTHV, memory_format=torch.contiguous_format), state
 
 
-_op = op.register("linear_attention", chunked, _fake)
+_op = op.Op("linear_attention", reference, chunked, _fake)
 
 
 def linear_attention(
@@ -65,5 +65,4 @@ def linear_attention(
         check.shape(name, "state_BHKV", state_BHKV, want, f"(B, H, K, V) = {want}")
     check.segments(name, segments_BT, rows, tokens)
     check.keep(name, keep, tokens)
-    run = op.choose(reference, chunked, _op)
-    return run(q_BTHK, k_BTHK, v_BTHV, decay_BTH, state_BHKV, segments_BT, float(scale), keep)
+    return _op(q_BTHK, k_BTHK, v_BTHV, decay_BTH, state_BHKV, segments_BT, float(scale), keep)

@@ -12,7 +12,7 @@ def _fake(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor) -> Tensor:
     return x_ND.new_empty(x_ND.shape[:1], dtype=torch.promote_types(x_ND.dtype, torch.float32))
 
 
-_op = op.register("linear_cross_entropy", chunked, _fake, grad=grad)
+_op = op.Op("linear_cross_entropy", reference, chunked, _fake, grad=grad)
 
 
 def linear_cross_entropy(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor) -> Tensor:
@@ -30,4 +30,4 @@ def linear_cross_entropy(x_ND: Tensor, weight_CD: Tensor, targets_N: Tensor) -> 
     check.floating(name, "weight_CD", weight_CD)
     if targets_N.dtype != torch.int64:
         raise TypeError(f"{name}: targets_N must be int64, got {targets_N.dtype}")
-    return op.choose(reference, chunked, _op)(x_ND, weight_CD, targets_N)
+    return _op(x_ND, weight_CD, targets_N)

@@ -25,7 +25,7 @@ def _fake(
     return x_BT4H.new_empty(rows, tokens, size), hidden, cell, gates, hiddens, cells
 
 
-_op = op.register("lstm", chunked, _fake, grad=grad, saved=3, twice=reference)
+_op = op.Op("lstm", reference, chunked, _fake, grad=grad, saved=3, twice=reference)
 
 
 def lstm(
@@ -58,7 +58,4 @@ def lstm(
             check.shape("lstm", label, state, (rows, size), f"(B={rows}, H={size})")
     check.segments("lstm", segments_BT, rows, tokens)
     check.keep("lstm", keep, tokens)
-    y_BTH, hidden, cell = op.choose(reference, chunked, _op)(x_BT4H, weight_4HH, hidden_BH, cell_BH, segments_BT, keep)[
-        :3
-    ]
-    return y_BTH, hidden, cell
+    return _op(x_BT4H, weight_4HH, hidden_BH, cell_BH, segments_BT, keep)

@@ -1,12 +1,26 @@
-"""Uninitialised memory asked for by kernels/ comes back as NaN: reading it before writing shows at once."""
+"""Kernels under test: Triton's interpreter where there is no GPU, and memory that shows when it is read unwritten."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any is imported
+
 KERNELS = str(Path(__file__).parents[2] / "kernels")
+
+
+def pytest_generate_tests(metafunc):
+    """`case` of a suite's test is each of its CASES, `small` each of its SMALL, `form` each form but the definition."""
+    for fixture, table in (("case", "CASES"), ("small", "SMALL")):
+        if fixture in metafunc.fixturenames and hasattr(metafunc.cls, table):
+            found = getattr(metafunc.cls, table)
+            metafunc.parametrize(fixture, list(found.values()), ids=list(found))
+    if "form" in metafunc.fixturenames:
+        metafunc.parametrize("form", ["chunked", "triton"])
 
 
 def poisoned(make):
@@ -20,6 +34,7 @@ def poisoned(make):
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
+    """Uninitialised memory asked for by kernels/ comes back as NaN."""
     for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(place, name, poisoned(getattr(place, name)))
 
@@ -27,3 +42,26 @@ def poison(monkeypatch):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_dot():
+    """Triton's interpreter holds bf16 as 16-bit integers and its dot multiplies them as such: give it floats."""
+    if torch.cuda.is_available():
+        return
+    import numpy
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = numpy.ascontiguousarray(x.data).astype(numpy.uint32) << 16
+        return TensorHandle(bits.view(numpy.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return plain(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = create_dot

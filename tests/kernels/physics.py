@@ -1,16 +1,18 @@
 """How exact a kernel must be: about as exact as plain torch in the same dtype, judged against float64.
 
-`chain` runs one call three times, the definition in float64, the definition in the given dtype, and the kernel, and
+`chain` runs one call with the definition in float64, the definition in the given dtype, and a form of the kernel, and
 compares every output and every input gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from kernels import op
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "result") -> None:
@@ -19,33 +21,37 @@ def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "resu
     assert ours.dtype == plain.dtype, f"{what}: dtype {ours.dtype}, want {plain.dtype}"
     if exact.numel() == 0:
         return
+    if not exact.is_floating_point() and not exact.is_complex():
+        assert torch.equal(ours, exact), f"{what}: not the same integers"
+        return
     assert ours.isfinite().all(), f"{what}: not finite"
     floor = 4 * torch.finfo(ours.dtype).eps * exact.abs().max().item()
-    error, allowed = ((x.double() - exact).abs().max().item() for x in (ours, plain))
+    wide = torch.complex128 if exact.is_complex() else torch.float64
+    error, allowed = ((x.to(wide) - exact).abs().max().item() for x in (ours, plain))
     assert error <= max(2 * allowed, floor), f"{what}: error {error:.3g}, plain torch {allowed:.3g}, floor {floor:.3g}"
 
 
 @contextmanager
-def definition():
-    """Public functions run their reference."""
-    before, op.FORM = op.FORM, "reference"
+def using(form: str) -> Iterator[None]:
+    """Public functions run this form: reference, chunked or triton. A call that a form does not take is an error."""
+    before, op.FORM = op.FORM, form
     try:
         yield
     finally:
         op.FORM = before
 
 
-def results(call: Callable, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
+def results(call: Callable, inputs: dict[str, Tensor | None], differentiable: bool = True) -> dict[str, Tensor]:
     """Outputs of `call(**inputs)` and gradients of its floating inputs under fixed random output gradients."""
-    leaves = {
-        name: x.detach().clone().requires_grad_() if x is not None and x.is_floating_point() else x
-        for name, x in inputs.items()
-    }
+    leaves = {name: x.detach().clone().requires_grad_(differentiable) if moves(x) else x for name, x in inputs.items()}
     outputs = call(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    wanted = {name: x for name, x in leaves.items() if x is not None and x.requires_grad}
+    named = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    if not differentiable:
+        return named
+    wanted = {name: x for name, x in leaves.items() if moves(x)}
     draw = torch.Generator().manual_seed(7)
-    grads = [torch.randn(y.shape, generator=draw, dtype=torch.bfloat16).to(y.dtype) for y in outputs]
+    grads = [torch.randn(y.shape, generator=draw, dtype=torch.bfloat16).to(y) for y in outputs]
     moving = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]  # not a state of no tokens
     found = torch.autograd.grad(
         [y for y, _ in moving],
@@ -54,19 +60,46 @@ def results(call: Callable, inputs: dict[str, Tensor | None]) -> dict[str, Tenso
         allow_unused=True,
         materialize_grads=True,
     )
-    named = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return named | {f"gradient of {name}": g for name, g in zip(wanted, found, strict=True)}
 
 
-def chain(call: Callable, inputs: dict[str, Tensor | None]) -> dict[str, Tensor]:
-    """Hold the kernel to its definition on these inputs; returns the kernel's results."""
-    wide = {n: x.double() if x is not None and x.is_floating_point() else x for n, x in inputs.items()}
-    with definition():
-        exact, plain = results(call, wide), results(call, inputs)
-    ours = results(call, inputs)
-    for name, x in ours.items():
-        assert_as_good(x, plain[name], exact[name], name)
+def chain(
+    call: Callable,
+    inputs: dict[str, Tensor | None],
+    form: str = "chunked",
+    differentiable: bool = True,
+) -> dict[str, Tensor]:
+    """Hold a form to the definition on these inputs; returns its results."""
+    inputs = placed(inputs)
+    with using("reference"):
+        exact, plain = (results(call, x, differentiable) for x in (widened(inputs), inputs))
+    with using(form):
+        ours = results(call, inputs, differentiable)
+    for what, x in ours.items():
+        assert_as_good(x, plain[what], exact[what], f"{form}: {what}")
     return ours
+
+
+def moves(x: Tensor | None) -> bool:
+    """Whether `x` can have a gradient."""
+    return x is not None and (x.is_floating_point() or x.is_complex())
+
+
+def placed(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The inputs on the device under test."""
+    return {n: x if x is None else x.to(DEVICE) for n, x in inputs.items()}
+
+
+def widened(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """The inputs in double precision."""
+    return {n: as_dtype(x, torch.float64) for n, x in inputs.items()}
+
+
+def as_dtype(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Floating tensors in `dtype`, complex ones in the complex type of its parts, others as they are."""
+    if not moves(x):
+        return x
+    return x.to(dtype.to_complex() if x.is_complex() else dtype)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:

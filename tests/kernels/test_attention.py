@@ -1,11 +1,11 @@
-"""attention: chunked against its definition and torch, every kind of past, documents, padding and windows."""
+"""attention: chunked against its form and torch, every kind of past, documents, padding and windows."""
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kernels import View, attention
-from tests.kernels.physics import chain, close, definition
+from tests.kernels.physics import chain, close, using
 from tests.kernels.test_gated_delta import packed
 
 
@@ -100,7 +100,7 @@ def test_paged_is_contiguous(length, segments):
     contiguous = run(length, segments, window)(**x)
     paged = run(length, segments, window, table=table)(**{**x, **pools})
     close(paged, contiguous)
-    with definition():
+    with using("reference"):
         close(run(length, segments, window, table=table)(**{**x, **pools}), contiguous)
     # An empty slot is not read, whatever it holds; a page of the table past the row's length may be page 0.
     if (length <= 8).any():
@@ -190,7 +190,7 @@ def test_gradcheck():
     def call(*v):
         return run(torch.tensor([3]), segments, 3)(**dict(zip(x, v, strict=True)))
 
-    with definition():
+    with using("reference"):
         assert torch.autograd.gradcheck(call, tuple(x.values()))
     assert torch.autograd.gradcheck(call, tuple(x.values()))
     assert torch.autograd.gradgradcheck(call, tuple(x.values()))

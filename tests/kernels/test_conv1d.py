@@ -1,4 +1,4 @@
-"""conv1d: chunked against its definition and torch, the carried tail, documents and padding."""
+"""conv1d: chunked against its form and torch, the carried tail, documents and padding."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn.functional import conv1d as torch_conv1d
 from torch.nn.functional import pad, silu
 
 from kernels import conv1d
-from tests.kernels.physics import chain, close, definition
+from tests.kernels.physics import chain, close, using
 from tests.kernels.test_gated_delta import packed
 
 
@@ -102,7 +102,7 @@ def test_gradcheck():
     def call(*v):
         return run(segments, 2)(**dict(zip(x, v, strict=True)))
 
-    with definition():
+    with using("reference"):
         assert torch.autograd.gradcheck(call, tuple(x.values()))
     assert torch.autograd.gradcheck(call, tuple(x.values()))
     assert torch.autograd.gradgradcheck(call, tuple(x.values()))

@@ -1,4 +1,4 @@
-"""gated_delta: chunked against its definition, the carried state, documents and padding."""
+"""gated_delta: chunked against its form, the carried state, documents and padding."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from kernels import gated_delta
 from kernels.gated_delta.reference import reference
-from tests.kernels.physics import chain, close, definition
+from tests.kernels.physics import chain, close, using
 
 
 def inputs(tokens=63, rows=2, heads=2, key=12, value=20, dtype=torch.float32, state=True, gate=0.3):
@@ -135,7 +135,7 @@ def test_any_decay_is_safe(gate):
 def test_gradcheck():
     x = {n: v.double().requires_grad_() for n, v in inputs(6, rows=1, heads=1, key=3, value=2).items()}
     segments = torch.tensor([[0, 0, -1, 1, 1, 2]])
-    with definition():
+    with using("reference"):
         assert torch.autograd.gradcheck(lambda *v: run(segments)(**dict(zip(x, v, strict=True))), tuple(x.values()))
     assert torch.autograd.gradcheck(lambda *v: run(segments, keep=1)(**dict(zip(x, v, strict=True))), tuple(x.values()))
     assert torch.autograd.gradgradcheck(lambda *v: run(segments)(**dict(zip(x, v, strict=True))), tuple(x.values()))

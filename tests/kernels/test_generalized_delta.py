@@ -1,11 +1,11 @@
-"""generalized_delta: chunked against its definition and the gated delta rule, the carried state, documents, padding."""
+"""generalized_delta: chunked against its form and the gated delta rule, the carried state, documents, padding."""
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from kernels import gated_delta, generalized_delta
-from tests.kernels.physics import chain, close, definition
+from tests.kernels.physics import chain, close, using
 from tests.kernels.recurrent import Recurrent, packed
 
 NAMES = ("q_BTHK", "k_BTHK", "v_BTHV", "decay_BTHK", "a_BTHK", "b_BTHK")
@@ -93,7 +93,7 @@ def test_gradcheck():
     def call(keep):
         return lambda *v: run(segments, keep)(**dict(zip(x, v, strict=True)))
 
-    with definition():
+    with using("reference"):
         assert torch.autograd.gradcheck(call(0), tuple(x.values()))
     assert torch.autograd.gradcheck(call(1), tuple(x.values()))
     assert torch.autograd.gradgradcheck(call(0), tuple(x.values()))

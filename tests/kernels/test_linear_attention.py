@@ -1,11 +1,11 @@
-"""linear_attention: chunked against its definition, the carried state, documents and padding."""
+"""linear_attention: chunked against its form, the carried state, documents and padding."""
 
 import pytest
 import torch
 from torch.nn.functional import normalize
 
 from kernels import linear_attention
-from tests.kernels.physics import chain, close, definition
+from tests.kernels.physics import chain, close, using
 from tests.kernels.recurrent import Recurrent, packed
 
 NAMES = ("q_BTHK", "k_BTHK", "v_BTHV", "decay_BTH")
@@ -88,7 +88,7 @@ def test_gradcheck():
     def call(keep):
         return lambda *v: run(segments, keep)(**dict(zip(x, v, strict=True)))
 
-    with definition():
+    with using("reference"):
         assert torch.autograd.gradcheck(call(0), tuple(x.values()))
     assert torch.autograd.gradcheck(call(1), tuple(x.values()))
     assert torch.autograd.gradgradcheck(call(0), tuple(x.values()))

@@ -1,4 +1,4 @@
-"""linear_cross_entropy: chunked against its definition and torch, and how little it holds."""
+"""linear_cross_entropy: chunked against its form and torch, and how little it holds."""
 
 import sys
 
@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import linear_cross_entropy
-from tests.kernels.physics import chain, close, definition
+from tests.kernels.physics import chain, close, using
 
 chunked = sys.modules["kernels.linear_cross_entropy.chunked"]
 
@@ -82,7 +82,7 @@ def test_gradcheck():
     def call(a, b):
         return linear_cross_entropy(a, b, x["targets_N"])
 
-    with definition():
+    with using("reference"):
         assert torch.autograd.gradcheck(call, real)
     assert torch.autograd.gradcheck(call, real)
     assert torch.autograd.gradgradcheck(call, real)

@@ -1,10 +1,10 @@
-"""lstm: against its definition and torch.nn.LSTM, the carried state, documents and padding."""
+"""lstm: against its form and torch.nn.LSTM, the carried state, documents and padding."""
 
 import pytest
 import torch
 
 from kernels import lstm
-from tests.kernels.physics import chain, close, definition
+from tests.kernels.physics import chain, close, using
 from tests.kernels.recurrent import Recurrent, packed
 
 
@@ -80,7 +80,7 @@ def test_gradcheck():
     def call(keep):
         return lambda *v: run(segments, keep)(**dict(zip(x, v, strict=True)))
 
-    with definition():
+    with using("reference"):
         assert torch.autograd.gradcheck(call(0), tuple(x.values()))
     assert torch.autograd.gradcheck(call(1), tuple(x.values()))
     assert torch.autograd.gradgradcheck(call(0), tuple(x.values()))
