@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test slow check clean
+.PHONY: help demo test slow bench gpu check clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,6 +23,13 @@ test: .venv/ready  ## every test that CI runs
 
 slow: .venv/ready  ## larger shapes and longer runs
 	$(BIN)/python -m pytest -m slow
+
+bench: .venv/ready  ## the kernels on this machine: correct, how fast, how far from the limits; OPS="attention rnn" picks
+	$(BIN)/python -m kernels.bench $(OPS)
+
+gpu:  ## on a GPU, with what is installed: the kernels' tests, then the benchmark; FLA=FOLDER of flash-linear-attention
+	$(PYTHON) -m pytest tests/kernels
+	$(PYTHON) -m kernels.bench --device cuda $(if $(FLA),--fla $(FLA)) --record infra/records/kernels_gpu.md $(OPS)
 
 check: .venv/ready  ## lint, and the direction of imports
 	$(BIN)/ruff check .

@@ -17,6 +17,11 @@ def split(x: Tensor, size: int, edge: bool = False) -> Tensor:
     return x if x.dim() == 3 else x.movedim(3, 1).contiguous()
 
 
+def join(x: Tensor, tokens: int) -> Tensor:
+    """The inverse of `split`: (B, H, n, C, ...) -> (B, T, H, ...)."""
+    return x.movedim(1, 3).flatten(1, 2)[:, :tokens]
+
+
 def documents(number_BT: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Masks over the chunks of `filled` segment numbers, all with a head dimension of 1.
 

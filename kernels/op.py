@@ -33,8 +33,8 @@ class Op:
 
     `kernels/<name>/triton.py` is loaded when a GPU or EDIFICE_KERNELS asks for it. It has `forward`, annotated as
     `chunked` is, and `grad` where the op is differentiable. If forward returns tensors for grad beyond the op's own, it
-    also has `SAVED`, their number, and its own `fake`. `takes(*args)`, where there is one, says which calls it serves;
-    on a GPU the others, and float64, go to `chunked`.
+    also has `SAVED`, their number, and its own `fake`; with `WHOLE = True` grad is given all outputs, the op's own too.
+    `takes(*args)`, where there is one, says which calls it serves; on a GPU the others, and float64, go to `chunked`.
     """
 
     def __init__(
@@ -83,7 +83,8 @@ class Op:
         grad = module.grad if self.differentiable else None
         saved = getattr(module, "SAVED", 0)
         name = f"{self.name}_triton"
-        self._triton = Form(name, module.forward, fake, grad, saved, self._twice, self.differentiable)
+        whole = getattr(module, "WHOLE", False)
+        self._triton = Form(name, module.forward, fake, grad, saved, self._twice, self.differentiable, whole)
 
     def _serves(self, args: Sequence) -> bool:
         if any(isinstance(x, Tensor) and x.dtype in (torch.float64, torch.complex128) for x in args):
@@ -94,9 +95,11 @@ class Op:
 class Form:
     """One form of an op: the function itself, and the torch op made of it."""
 
-    def __init__(self, name, run, fake, grad, saved, twice, differentiable) -> None:
+    def __init__(self, name, run, fake, grad, saved, twice, differentiable, whole=False) -> None:
         self.run, self.saved = run, saved
-        self.op = register(name, run, fake, grad=grad, saved=saved, twice=twice, differentiable=differentiable)
+        self.op = register(
+            name, run, fake, grad=grad, saved=saved, twice=twice, differentiable=differentiable, whole=whole
+        )
 
     def __call__(self, *args):
         # Where nothing records and nothing is traced, as in a decode step, the function itself: an op's dispatch costs
@@ -118,6 +121,7 @@ def register(
     saved: int = 0,
     twice: Callable | None = None,
     differentiable: bool = True,
+    whole: bool = False,
 ) -> Callable:
     """Register `edifice::name` and `edifice::name_backward`, arguments as of `Op`; returns the op."""
 
@@ -157,9 +161,10 @@ def register(
 
     def setup_context(ctx, inputs, output):
         outputs = output if isinstance(output, tuple) else (output,)
-        kept = outputs[len(outputs) - saved :] if saved else ()
+        beyond = outputs[len(outputs) - saved :] if saved else ()
+        kept = outputs if whole else beyond
         if saved:
-            ctx.mark_non_differentiable(*kept)
+            ctx.mark_non_differentiable(*beyond)
         ctx.constants = [None if i in places else value for i, value in enumerate(inputs)]
         ctx.save_for_backward(*(inputs[i] for i in places), *kept)
 

@@ -47,3 +47,31 @@ def slot_index(length_B: Tensor, capacity: int) -> Tensor:
     last_B1 = length_B[:, None] - 1
     slots_S = torch.arange(capacity, device=length_B.device)
     return last_B1 - (last_B1 - slots_S) % capacity
+
+
+def ancestors(parents_BT: Tensor) -> Tensor:
+    """Which columns are each token or an ancestor of it, (B, T, T) bool; a parent stands before its children."""
+    tokens = parents_BT.shape[1]
+    columns_T = torch.arange(tokens, device=parents_BT.device)
+    step = (columns_T == columns_T[:, None]) | (columns_T == parents_BT[..., None])
+    for _ in range((tokens - 1).bit_length() if tokens else 0):  # paths of twice the length each time
+        step = (step.float() @ step.float()) > 0
+    return step
+
+
+def seen(view: View, rows: int, tokens: int, window: int, causal: bool, device: torch.device) -> Tensor:
+    """How many tokens of its document each query reads, itself included, (B, T) int64."""
+    segments_BT = view.segments_BT
+    if segments_BT is None:
+        segments_BT = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+    columns_T = torch.arange(tokens, device=device)
+    length_B = columns_T.new_zeros(rows) if view.length_B is None or not view.past else view.length_B
+    at_BT = view.positions_BT if view.positions_BT is not None else columns_T + length_B[:, None]
+    if causal:
+        count_BT = at_BT + 1
+        return (count_BT.clamp(max=window) if window else count_BT).clamp(min=1)
+    sizes_BN = torch.zeros(rows, tokens + 2, dtype=torch.int64, device=device)
+    sizes_BN = sizes_BN.scatter_add(1, segments_BT + 1, torch.ones_like(segments_BT))
+    sizes_BN = sizes_BN + length_B[:, None] * (torch.arange(tokens + 2, device=device) == 1)
+    count_BT = sizes_BN.gather(1, segments_BT + 1)
+    return (count_BT - ((at_BT - window + 1).clamp(min=0) if window else 0)).clamp(min=1)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import check, op
-from kernels.conv1d.chunked import chunked
+from kernels.conv1d.chunked import chunked, grad
 from kernels.conv1d.reference import reference
 
 
@@ -23,7 +23,7 @@ def _fake(
     return torch.empty_like(x_BTD, memory_format=torch.contiguous_format), state
 
 
-_op = op.Op("conv1d", reference, chunked, _fake)
+_op = op.Op("conv1d", reference, chunked, _fake, grad=grad)
 
 
 def conv1d(
@@ -56,6 +56,10 @@ def conv1d(
     if state_BWD is not None:
         want = (rows, taps - 1, dim)
         check.shape("conv1d", "state_BWD", state_BWD, want, f"(B={rows}, W-1={taps - 1}, D={dim})")
+    for name, value in (("weight_DW", weight_DW), ("bias_D", bias_D), ("state_BWD", state_BWD)):
+        if value is not None:
+            check.floating("conv1d", name, value)
+            check.device("conv1d", name, value, x_BTD)
     check.segments("conv1d", segments_BT, rows, tokens)
     check.keep("conv1d", keep, tokens)
     if activation not in (None, "silu"):

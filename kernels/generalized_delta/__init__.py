@@ -1,10 +1,9 @@
 """The generalised delta rule: decay per channel, and a rank-one change that reads along a and writes along b."""
 
-import torch
 from torch import Tensor
 
-from kernels import check, op
-from kernels.generalized_delta.chunked import chunked
+from kernels import memory, op, recurrence
+from kernels.generalized_delta.chunked import chunked, grad
 from kernels.generalized_delta.reference import reference
 
 
@@ -19,15 +18,11 @@ def _fake(
     segments_BT: Tensor | None,
     scale: float,
     keep: int,
-) -> tuple[Tensor, Tensor]:
-    rows, _, heads, size = q_BTHK.shape
-    moments = (keep + 1,) if keep else ()
-    wide = torch.promote_types(v_BTHV.dtype, torch.float32)
-    state = v_BTHV.new_empty(rows, *moments, heads, size, v_BTHV.shape[3], dtype=wide)
-    return torch.empty_like(v_BTHV, memory_format=torch.contiguous_format), state
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return memory.empty(q_BTHK, v_BTHV, keep, reads=True)
 
 
-_op = op.Op("generalized_delta", reference, chunked, _fake)
+_op = op.Op("generalized_delta", reference, chunked, _fake, grad=grad, saved=3)
 
 
 def generalized_delta(
@@ -56,17 +51,6 @@ def generalized_delta(
     Raises ValueError or TypeError naming the argument.
     """
     name = "generalized_delta"
-    check.shape(name, "q_BTHK", q_BTHK, (None, None, None, None), "(B, T, H, K)")
-    rows, tokens, heads, size = q_BTHK.shape
-    inputs = {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "decay_BTHK": decay_BTHK, "a_BTHK": a_BTHK, "b_BTHK": b_BTHK}
-    for label, x in inputs.items():
-        check.shape(name, label, x, tuple(q_BTHK.shape), f"{tuple(q_BTHK.shape)}, the shape of q_BTHK")
-        check.floating(name, label, x)
-    check.shape(name, "v_BTHV", v_BTHV, (rows, tokens, heads, None), f"(B={rows}, T={tokens}, H={heads}, V)")
-    check.floating(name, "v_BTHV", v_BTHV)
-    if state_BHKV is not None:
-        want = (rows, heads, size, v_BTHV.shape[3])
-        check.shape(name, "state_BHKV", state_BHKV, want, f"(B, H, K, V) = {want}")
-    check.segments(name, segments_BT, rows, tokens)
-    check.keep(name, keep, tokens)
+    same = {"q_BTHK": q_BTHK, "k_BTHK": k_BTHK, "decay_BTHK": decay_BTHK, "a_BTHK": a_BTHK, "b_BTHK": b_BTHK}
+    recurrence.checked(name, same, v_BTHV, state_BHKV, segments_BT, keep)
     return _op(q_BTHK, k_BTHK, v_BTHV, decay_BTHK, a_BTHK, b_BTHK, state_BHKV, segments_BT, float(scale), keep)

@@ -8,7 +8,7 @@ Both terms on the right read S as it was before the token: a asks the memory bef
 import torch
 from torch import Tensor
 
-from kernels import segments
+from kernels import recurrence
 
 
 def reference(
@@ -23,29 +23,13 @@ def reference(
     scale: float,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, V) in v's dtype; state (B, H, K, V), or with keep (B, keep+1, H, K, V), fp32 (fp64 for fp64)."""
+    """As `recurrence.walk`."""
     wide = torch.promote_types(v_BTHV.dtype, torch.float32)
-    q, k, v, decay, a, b = (x.to(wide) for x in (q_BTHK, k_BTHK, v_BTHV, decay_BTHK, a_BTHK, b_BTHK))
-    rows, tokens, heads, size = q.shape
-    state = v.new_zeros(rows, heads, size, v.shape[3]) if state_BHKV is None else state_BHKV.to(wide)
-    begins_BT = None if segments_BT is None else segments.begins(segments.filled(segments_BT))
-    outputs, moments = [], []
-    for t in range(tokens + 1):
-        if t >= tokens - keep:
-            moments.append(state)
-        if t == tokens:
-            break
-        fresh = state if begins_BT is None else torch.where(begins_BT[:, t, None, None, None], 0, state)
-        asked_BHV = torch.einsum("bhkv,bhk->bhv", fresh, a[:, t])
-        after = decay[:, t, :, :, None].exp() * fresh
-        after = after + torch.einsum("bhk,bhv->bhkv", b[:, t], asked_BHV)
-        after = after + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
-        y_BHV = scale * torch.einsum("bhkv,bhk->bhv", after, q[:, t])
-        if segments_BT is not None:
-            real_B111 = segments_BT[:, t, None, None, None] >= 0
-            after = torch.where(real_B111, after, state)
-            y_BHV = torch.where(real_B111[..., 0], y_BHV, 0)
-        outputs.append(y_BHV.to(v_BTHV.dtype))
-        state = after
-    y_BTHV = torch.stack(outputs, 1) if outputs else v_BTHV.clone()
-    return y_BTHV, torch.stack(moments, 1) if keep else moments[0].clone()
+    k, v, decay, a, b = (x.to(wide) for x in (k_BTHK, v_BTHV, decay_BTHK, a_BTHK, b_BTHK))
+
+    def change(t: int, memory: Tensor) -> Tensor:
+        asked_BHV = torch.einsum("bhkv,bhk->bhv", memory, a[:, t])
+        after = recurrence.gate(decay, t) * memory + torch.einsum("bhk,bhv->bhkv", b[:, t], asked_BHV)
+        return after + torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+
+    return recurrence.walk(change, q_BTHK, v_BTHV, state_BHKV, segments_BT, scale, keep)

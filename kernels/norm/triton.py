@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import launch
+from kernels.rows import tile
 
 PROGRAMS = 512  # of backward: enough to fill a large card, few enough for the sums of weight and bias to be cheap
 
@@ -23,7 +24,7 @@ def forward(
     stream = x.new_empty(0) if residual is None else torch.empty_like(x)
     size = x.shape[-1]
     rows = x.numel() // max(size, 1)
-    block, lines, warps = _tile(size)
+    block, lines, warps = tile(size)
     launch(
         _forward, (triton.cdiv(rows, lines),), x, weight, bias, residual, y, stream, rows, eps,
         size, block, lines, center, num_warps=warps,
@@ -39,7 +40,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     dstream = None if residual is None else grads[1].contiguous()
     size = x.shape[-1]
     rows = x.numel() // max(size, 1)
-    block, lines, warps = _tile(size)
+    block, lines, warps = tile(size)
     programs = min(PROGRAMS, triton.cdiv(rows, lines))
     dx = torch.empty_like(x)
     sums = [x.new_empty(programs, size, dtype=torch.float32) if need else None for need in needs[1:3]]
@@ -49,12 +50,6 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     )  # fmt: skip
     dweight, dbias = (None if s is None else s.sum(0).to(p.dtype) for s, p in zip(sums, (weight, bias), strict=True))
     return [g for g, need in zip((dx, dweight, dbias, dx), needs, strict=False) if need]
-
-
-def _tile(size: int) -> tuple[int, int, int]:
-    """Channels and rows of a tile, and warps: about 4,096 elements, 16 of a thread."""
-    block = triton.next_power_of_2(size)
-    return block, max(1, min(32, 4096 // block)), min(16, max(4, block // 512))
 
 
 @triton.jit

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kernels import rope, rope_angles
+
 
 class Rotary(nn.Module):
     """A scheme of positions for heads of `dim` channels, of which the first `fraction` turn."""
@@ -44,9 +46,8 @@ class Rotary(nn.Module):
 
     def forward(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
         """x (B, T, H, K) turned to its positions; dtype of x."""
-        angle_BT1K = (positions_BT[..., None].float() * self.frequency(positions_BT))[:, :, None]
-        cos, sin = angle_BT1K.cos() * self.amplitude, angle_BT1K.sin() * self.amplitude
-        turned, rest = x_BTHK.split([self.turned, x_BTHK.shape[-1] - self.turned], -1)
-        first, second = turned.float().chunk(2, -1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x_BTHK.dtype)
-        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+        angle_BTR = rope_angles(positions_BT, self.frequency(positions_BT))
+        cos, sin = angle_BTR.cos(), angle_BTR.sin()
+        if self.amplitude != 1:
+            cos, sin = cos * self.amplitude, sin * self.amplitude
+        return rope(x_BTHK, cos, sin)

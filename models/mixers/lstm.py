@@ -44,8 +44,8 @@ class LSTM(Stateful):
         y_BTH, hidden, cell = kernels.lstm(
             self.wi(x_BTD) + self.bias,
             self.recurrent,
-            hidden_BH=carried.get("hidden"),
-            cell_BH=carried.get("cell"),
+            hidden_BU=carried.get("hidden"),
+            cell_BU=carried.get("cell"),
             segments_BT=at.segments_BT,
             keep=at.keep,
         )

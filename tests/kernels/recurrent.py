@@ -4,9 +4,11 @@ An op is given as `run(segments, keep)(**inputs) -> (y, *states)`; names ending 
 the inputs named in `states` are what is carried in.
 """
 
+import pytest
 import torch
 
-from tests.kernels.physics import close
+from tests.kernels.physics import DEVICE, chain, close, placed
+from tests.kernels.suite import Differentiable
 
 
 def packed(rows, tokens):
@@ -17,6 +19,8 @@ def packed(rows, tokens):
         starts[0] = row > 0
         segments_BT[row] = starts.cumsum(0)
         segments_BT[row][torch.rand(tokens) < 0.2] = -1
+    if tokens < 8:
+        return segments_BT
     segments_BT[:, tokens // 3 : tokens // 3 + 3] = -1
     segments_BT[-1, :2] = -1
     segments_BT[-1, -4:] = -1
@@ -28,8 +32,14 @@ class Recurrent:
     dimension, `states` those of them that are carried, in the order in which the op returns them."""
 
     def __init__(self, run, inputs, states, fixed=()):
-        self.run, self.inputs, self.states = run, inputs, states
+        self._run, self._inputs, self.states = run, inputs, states
         self.fixed = {*states, *fixed}
+
+    def run(self, segments=None, **options):
+        return self._run(None if segments is None else segments.to(DEVICE), **options)
+
+    def inputs(self, *args, **options):
+        return placed(self._inputs(*args, **options))
 
     def cut(self, x, columns):
         return {n: v if v is None or n in self.fixed else v[:, columns] for n, v in x.items()}
@@ -89,3 +99,90 @@ class Recurrent:
         alone = {n: v if n in self.fixed - {*self.states} else v[1:2] for n, v in x.items()}
         for ours, theirs in zip(self.run(segments)(**x), self.run(segments[1:2])(**alone), strict=True):
             close(theirs, ours[1:2])
+
+
+class Memory(Differentiable):
+    """What holds of the ops with a matrix memory. `inputs(tokens, rows, heads, key, value, state, ...)` draws tensors,
+    `call` is the public function."""
+
+    inputs = call = None
+
+    @classmethod
+    def run(cls, segments=None, **options):
+        return lambda **x: cls.call(**{"segments_BT": segments, **x}, **options)
+
+    @property
+    def recurrent(self):
+        return Recurrent(self.run, self.inputs, ["state_BHKV"])
+
+    @pytest.mark.parametrize("gate", [0.0, 30.0, torch.inf])
+    def test_any_decay_is_safe(self, gate, form, decays):
+        x = self.inputs(40, rows=1, heads=1, **decays)
+        x["decay"] = torch.where(torch.rand_like(x["decay"]) < 0.3, -gate, x["decay"])
+        chain(self.run(), x, form)
+
+    def test_documents_and_padding_are_as_if_alone(self):
+        self.recurrent.documents_and_padding_are_as_if_alone()
+
+    def test_padding_alone_changes_no_bit(self):
+        self.recurrent.padding_alone_changes_no_bit()
+
+    @pytest.mark.parametrize("cut", [1, 37, 64, 99])
+    def test_split_is_one_pass(self, cut):
+        self.recurrent.split_is_one_pass(cut)
+
+    def test_keep_is_the_state_of_shorter_calls(self):
+        self.recurrent.keep_is_the_state_of_shorter_calls()
+
+    def test_earlier_outputs_do_not_change_by_a_bit(self):
+        self.recurrent.earlier_outputs_do_not_change_by_a_bit()
+
+    def test_rows_are_independent(self):
+        self.recurrent.rows_are_independent()
+
+
+def cases(call, inputs, **each):
+    """CASES of an op with a matrix memory. `each`: name -> options of `inputs`, such as the kinds of decay."""
+
+    def case(tokens, rows=1, heads=1, keep=0, documents=False, **sizes):
+        def draw():
+            x = inputs(tokens, rows=rows, heads=heads, **sizes)
+            if documents:
+                x["segments_BT"] = packed(rows, tokens)
+            return lambda **given: call(**given, keep=keep), x
+
+        return draw
+
+    found = {}
+    for name, options in each.items():
+        found |= {
+            f"{name}-packed": case(41, rows=2, heads=2, documents=True, **options),
+            f"{name}-odd": case(63, key=60, value=60, state=False, **options),
+            f"{name}-keep": case(21, rows=2, keep=2, documents=True, **options),
+        }
+    options = next(iter(each.values()))
+    return found | {
+        "chunks": case(130, **options),
+        # Slow decay: a long sum, which the definition rounds as often as a matrix product does.
+        "wide": case(66, key=70, value=36, gate=0.02, **options),
+        "whole": case(16, key=16, value=16, **options),
+        "short": case(3, rows=2, documents=True, **options),
+        "kept": case(2, keep=2, **options),
+        "one": case(1, heads=2, state=False, **options),
+        "none": case(0, **options),
+    }
+
+
+def small(call, inputs, **each):
+    """SMALL cases of the same."""
+
+    def case(keep, **options):
+        def draw():
+            x = inputs(6, rows=1, heads=1, key=3, value=2, **options)
+            x["segments_BT"] = torch.tensor([[0, 0, -1, 1, 1, 2]])
+            return lambda **given: call(**given, keep=keep), x
+
+        return draw
+
+    first = next(iter(each.values()))
+    return {name: case(0, **options) for name, options in each.items()} | {"keep": case(1, **first)}

@@ -1,4 +1,4 @@
-"""conv1d: chunked against its form and torch, the carried tail, documents and padding."""
+"""conv1d: each form against the definition, and torch; the carried tail, documents and padding."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ from torch.nn.functional import conv1d as torch_conv1d
 from torch.nn.functional import pad, silu
 
 from kernels import conv1d
-from tests.kernels.physics import chain, close, using
-from tests.kernels.test_gated_delta import packed
+from tests.kernels.physics import chain, close
+from tests.kernels.recurrent import packed
+from tests.kernels.suite import Differentiable, wrong
 
 
 def inputs(tokens=63, rows=2, dim=60, taps=4, dtype=torch.float32, state=True, bias=True):
@@ -20,26 +21,39 @@ def inputs(tokens=63, rows=2, dim=60, taps=4, dtype=torch.float32, state=True, b
 
 
 def run(segments=None, keep=0, activation="silu"):
-    return lambda **x: conv1d(**x, segments_BT=segments, keep=keep, activation=activation)
+    return lambda segments_BT=segments, **x: conv1d(**x, segments_BT=segments_BT, keep=keep, activation=activation)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens, keep", [(0, 0), (1, 0), (1, 1), (2, 2), (63, 3)])
-@pytest.mark.parametrize("state", [True, False])
-@pytest.mark.parametrize("taps", [1, 4])
-def test_chain(tokens, keep, state, taps, dtype):
-    chain(run(keep=keep), inputs(tokens, taps=taps, dtype=dtype, state=state))
+def case(tokens=63, segments=None, keep=0, activation="silu", **options):
+    def draw():
+        x = inputs(tokens, **options)
+        if segments is not None:
+            x["segments_BT"] = packed(2, tokens) if segments == "packed" else torch.tensor(segments)
+        return run(keep=keep, activation=activation), x
+
+    return draw
 
 
-@pytest.mark.parametrize("tokens, keep", [(3, 2), (63, 2), (80, 0)])
-@pytest.mark.parametrize("state, taps", [(True, 4), (False, 4), (True, 1)])
-def test_chain_packed(tokens, keep, state, taps):
-    segments = packed(3, tokens) if tokens > 8 else torch.tensor([[0, -1, 0], [-1, 1, 2], [-1, -1, -1]])
-    chain(run(segments, keep, None), inputs(tokens, rows=3, taps=taps, state=state, bias=False))
-
-
-def test_chain_packed_without_padding():
-    chain(run(torch.tensor([[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 1]]), 2), inputs(6))
+class TestConv1d(Differentiable):
+    CASES = {
+        "silu": case(keep=3),
+        "plain": case(70, activation=None, bias=False, state=False, dim=20),
+        "one-tap": case(5, taps=1, keep=1),
+        "many-taps": case(9, taps=7, keep=9, dim=5),
+        "packed": case(80, "packed", keep=5, dim=20),
+        "packed-plain": case(63, "packed", activation=None, state=False, dim=20),
+        "short": case(3, [[0, -1, 0], [-1, 1, 2]], keep=2, dim=20),
+        "padding": case(3, [[0, -1, 0], [-1, -1, -1]], keep=3, taps=3, dim=20),
+        "no-padding": case(6, [[0, 0, 1, 1, 1, 2], [1, 1, 1, 1, 1, 1]], keep=2, dim=20),
+        "none": case(0),
+        "one": case(1, keep=1),
+        "two": case(2, keep=2),
+    }
+    SMALL = {
+        "silu": case(4, keep=2, dim=2, taps=3),
+        "packed": case(6, [[0, 0, -1, 1, 1, 2], [-1, 1, 1, 1, 1, 2]], keep=2, dim=2, taps=3),
+        "plain": case(3, activation=None, bias=False, state=False, dim=2),
+    }
 
 
 def test_is_torch_conv1d():
@@ -60,6 +74,12 @@ def test_documents_and_padding_are_as_if_alone():
         y_alone, state_alone = run()(**alone)
         close(y[:, at], y_alone)
     assert torch.equal(state, state_alone)
+
+
+def test_blocks_of_time():
+    """Gradients across the edges between blocks, with documents over them."""
+    call, x = case(200, "packed", keep=2, dim=2048, taps=3)()
+    chain(call, x)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 17])
@@ -95,24 +115,10 @@ def test_rows_are_independent():
         close(all_rows[1:2], alone)
 
 
-def test_gradcheck():
-    x = {n: v.double().requires_grad_() for n, v in inputs(6, dim=2, taps=3).items()}
-    segments = torch.tensor([[0, 0, -1, 1, 1, 2], [-1, 1, 1, 1, 1, 2]])
-
-    def call(*v):
-        return run(segments, 2)(**dict(zip(x, v, strict=True)))
-
-    with using("reference"):
-        assert torch.autograd.gradcheck(call, tuple(x.values()))
-    assert torch.autograd.gradcheck(call, tuple(x.values()))
-    assert torch.autograd.gradgradcheck(call, tuple(x.values()))
-
-
 def test_mistakes_name_the_argument():
     x = inputs(4)
-    with pytest.raises(ValueError, match="weight_DW"):
-        run()(**{**x, "weight_DW": x["weight_DW"][:3]})
-    with pytest.raises(ValueError, match="activation='relu'"):
-        run(activation="relu")(**x)
-    with pytest.raises(ValueError, match="state_BWD"):
-        run()(**{**x, "state_BWD": x["state_BWD"][:, :1]})
+    wrong(run(), x, ValueError, "weight_DW", weight_DW=x["weight_DW"][:3])
+    wrong(run(activation="relu"), x, ValueError, "activation='relu'")
+    wrong(run(), x, ValueError, "state_BWD", state_BWD=x["state_BWD"][:, :1])
+    wrong(run(), x, TypeError, "bias_D must be floating", bias_D=torch.zeros(60, dtype=torch.int64))
+    wrong(run(), x, ValueError, "weight_DW must be on", weight_DW=x["weight_DW"].to("meta"))

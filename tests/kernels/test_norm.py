@@ -26,6 +26,8 @@ class TestNorm(Differentiable):
         "layer": case(layer_norm, (2, 63, 60), "weight", "bias"),
         "layer-residual": case(layer_norm, (63, 60), "weight", "residual"),
         "layer-bare": case(layer_norm, (1, 60)),
+        "layer-weight": case(layer_norm, (3, 60), "weight", "residual"),
+        "layer-bias": case(layer_norm, (3, 60), "bias"),
         "vector": case(rms_norm, (60,), "weight"),
         "empty": case(layer_norm, (0, 60), "weight", "bias"),
     }

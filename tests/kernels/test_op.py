@@ -45,8 +45,8 @@ POSITIONS = SEGMENTS * 0 + torch.arange(6)
 STATE = torch.randn(2, 5, 2, 8)
 OPS = {
     "attention": [
-        (*ATTENTION, None, None, None, None, None, None, 0.3, 0, True),
-        (*ATTENTION, STATE, STATE.clone(), torch.tensor([3, 4]), POSITIONS, SEGMENTS, None, 0.3, 4, False),
+        (*ATTENTION, *[None] * 9, 0.3, 0, True, 0.0),
+        (*ATTENTION, STATE, STATE.clone(), torch.tensor([3, 4]), POSITIONS, SEGMENTS, *[None] * 4, 0.3, 4, False, 0.0),
     ],
     "conv1d": [
         (torch.randn(2, 6, 5), torch.randn(5, 3), None, None, None, True, 0),

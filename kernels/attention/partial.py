@@ -1,0 +1,145 @@
+"""Attention to one block of keys at arbitrary positions: what a ring of ranks adds up, and its gradient.
+
+Results of several blocks of keys make those of all: with l = logsumexp of the lse, y = sum(exp(lse_i - l) * y_i); and
+with this l and delta = sum(dy * y) of the whole, each block's gradients are its share of the whole ones.
+
+A query at p sees a key at j of the same document (equal segment numbers, none negative) where, if causal, j <= p and,
+with a window, j > p - window. Neither function is recorded by autograd.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kernels import op
+
+BLOCK = 256  # queries whose weights exist at one time, in plain torch
+
+
+@torch.no_grad()
+def attend(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    q_positions_BT: Tensor,
+    k_positions_BS: Tensor,
+    q_segments_BT: Tensor | None,
+    k_segments_BS: Tensor | None,
+    scale: float,
+    window: int = 0,
+    causal: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H, V) and lse (B, T, H), both in fp32 at least; 0 and -inf where a query sees nothing.
+
+    Positions and segments int64; segments both None: one document.
+    """
+    places = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+    if _on_gpu(q_BTHK):
+        from kernels.attention import flash
+        from kernels.attention.tiles import Places, lined
+
+        q, k, v = (lined(x) for x in (q_BTHK, k_BSGK, v_BSGV))
+        y, lse_BHT = flash.forward(q, k, v, Places(*places), None, None, scale, window, causal, 0.0, torch.float32)
+        return y, lse_BHT.transpose(1, 2) * math.log(2)
+    rows, tokens, heads, _ = q_BTHK.shape
+    wide = torch.promote_types(q_BTHK.dtype, torch.float32)
+    y_BTHV = q_BTHK.new_zeros(rows, tokens, heads, v_BSGV.shape[3], dtype=wide)
+    lse_BTH = q_BTHK.new_full((rows, tokens, heads), -torch.inf, dtype=wide)
+    q, k, v = _grouped(q_BTHK, k_BSGK.shape[2], wide), k_BSGK.to(wide).transpose(1, 2), v_BSGV.to(wide).transpose(1, 2)
+    for queries, keys, sees in _blocks(places, window, causal):
+        logits = _logits(q[:, :, queries], k[:, :, keys], sees, scale)
+        top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
+        weights = torch.exp(logits - top)
+        total = weights.sum(-1, keepdim=True)  # 0 where nothing is seen
+        y = (weights.flatten(2, 3) @ v[:, :, keys]).view(*total.shape[:4], -1) / torch.where(total > 0, total, 1)
+        lse = (top + total.log())[..., 0]
+        y_BTHV[:, queries], lse_BTH[:, queries] = _flat(y), _flat(lse[..., None])[..., 0]
+    return y_BTHV, lse_BTH
+
+
+@torch.no_grad()
+def attend_grad(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    q_positions_BT: Tensor,
+    k_positions_BS: Tensor,
+    q_segments_BT: Tensor | None,
+    k_segments_BS: Tensor | None,
+    scale: float,
+    window: int,
+    causal: bool,
+    lse_BTH: Tensor,
+    delta_BTH: Tensor,
+    dy_BTHV: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv in fp32 at least: what this block adds, given lse and delta = sum(dy * y) over all blocks."""
+    places = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+    if _on_gpu(q_BTHK):
+        from kernels.attention import flash_grad
+        from kernels.attention.tiles import Places, lined
+
+        q, k, v, dy = (lined(x) for x in (q_BTHK, k_BSGK, v_BSGV, dy_BTHV.to(q_BTHK.dtype)))
+        lse, delta = (x.float().transpose(1, 2).contiguous() for x in (lse_BTH / math.log(2), delta_BTH))
+        found = flash_grad.grad(
+            q, k, v, Places(*places), None, None, scale, window, causal, 0.0, lse, delta, dy, torch.float32
+        )
+        return found[:3]
+    groups = k_BSGK.shape[2]
+    wide = torch.promote_types(q_BTHK.dtype, torch.float32)
+    q, g = (_grouped(x, groups, wide) for x in (q_BTHK, dy_BTHV))
+    lse, delta = (_grouped(x[..., None], groups, wide) for x in (lse_BTH, delta_BTH))
+    k, v = (x.to(wide).transpose(1, 2) for x in (k_BSGK, v_BSGV))
+    dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    for queries, keys, sees in _blocks(places, window, causal, reverse=True):
+        # The last query first: see `chunked._backwards`.
+        qb, gb, lse_b, delta_b = (x[:, :, queries].flip(2) for x in (q, g, lse, delta))
+        logits = _logits(qb, k[:, :, keys], sees.flip(1), scale)
+        weights = torch.exp(logits - lse_b.clamp(min=torch.finfo(wide).min)).flatten(2, 3)
+        gb, qb = gb.flatten(2, 3), qb.flatten(2, 3)
+        found = weights * (gb @ v[:, :, keys].transpose(-1, -2) - delta_b.flatten(2, 3)) * scale
+        dq[:, :, queries] = (found @ k[:, :, keys]).view(*lse_b.shape[:4], -1).flip(2)
+        dk[:, :, keys] += found.transpose(-1, -2) @ qb
+        dv[:, :, keys] += weights.transpose(-1, -2) @ gb
+    return _flat(dq), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    if x.dtype == torch.float64:
+        return False
+    return op.FORM == "triton" or (not op.FORM and x.is_cuda)
+
+
+def _blocks(places, window, causal, reverse=False):
+    """(queries, keys, which of them see each other (B, queries, keys)), leaving out what nothing sees."""
+    q_at, k_at, q_in, k_in = places
+    starts = range(0, q_at.shape[1], BLOCK)
+    for start in reversed(starts) if reverse else starts:
+        queries = slice(start, start + BLOCK)
+        near = q_at[:, queries, None] - k_at[:, None]
+        sees = near >= 0 if causal else torch.ones_like(near, dtype=torch.bool)
+        if window:
+            sees = sees & (near < window)
+        if q_in is not None:
+            sees = sees & (q_in[:, queries, None] == k_in[:, None]) & (q_in[:, queries, None] >= 0)
+        seen = sees.any(1).any(0).nonzero()
+        if len(seen):
+            keys = slice(int(seen[0]), int(seen[-1]) + 1)
+            yield queries, keys, sees[:, :, keys]
+
+
+def _grouped(x: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """(B, T, H, K) as (B, G, T, H / G, K)."""
+    return x.to(dtype).unflatten(2, (groups, -1)).transpose(1, 2)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """`_grouped` undone."""
+    return x.transpose(1, 2).flatten(2, 3)
+
+
+def _logits(q: Tensor, k: Tensor, sees: Tensor, scale: float) -> Tensor:
+    """(B, G, queries, heads of a group, keys), -inf at what is not seen."""
+    logits = (q.flatten(2, 3) @ k.transpose(-1, -2)).view(*q.shape[:4], -1) * scale
+    return logits.masked_fill(~sees[:, None, :, None], -torch.inf)
