@@ -1,4 +1,4 @@
-"""Maths on tensors: each op has a definition, a form for CPUs and later one for GPUs, behind one public function.
+"""Maths on tensors: each op has a definition, a form for CPUs and one for GPUs, behind one public function.
 
 The functions have the names of their folders, so `kernels.attention` is the function; its module is reached by
 `from kernels.attention import View`.

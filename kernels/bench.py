@@ -2,7 +2,8 @@
 
 `python -m kernels.bench [OP ...]` runs the cases of `kernels/<op>/bench.py`. Copy bandwidth and matmul peak are
 measured first; each case is checked against float64 before it is timed, and rows that fail the check carry no time. A
-time is the median over interleaved rounds of ours and each peer; `2.00x peer` means ours takes half the peer's time.
+time is the median over interleaved rounds of ours and each peer; `2.00x peer` means ours takes half the peer's time,
+`(8% memory)`, on a GPU, that its peak of memory is 8 % of the peer's.
 """
 
 import argparse
@@ -128,10 +129,15 @@ class Table:
             yield from self._add(f"| {name} | {case.shape} | WRONG: error {error:.2g}, allowed {allowed:.2g} |")
             return
         for part in PASSES if case.backward else PASSES[:1]:
-            times, peak = timed(self.bench, case, inputs, part)
-            ms = times.pop("")
+            times, peaks = timed(self.bench, case, inputs, part)
+            ms, peak = times.pop(""), peaks.pop("")
             cost = {"forward": 1.0, "backward": case.backward, "both": 1 + case.backward}[part]
-            against = ", ".join(f"{t if isinstance(t, str) else f'{t / ms:.2f}x'} {peer}" for peer, t in times.items())
+            against = ", ".join(
+                f"{t} {peer}"
+                if isinstance(t, str)
+                else f"{t / ms:.2f}x {peer}" + (f" ({100 * peak / peaks[peer]:.0f}% memory)" if peaks[peer] else "")
+                for peer, t in times.items()
+            )
             cells = (
                 name,
                 case.shape,
@@ -186,8 +192,8 @@ def accuracy(case: Case, inputs: dict) -> tuple[float, float]:
     return worst, allowed
 
 
-def timed(bench: Bench, case: Case, inputs: dict, part: str) -> tuple[dict[str, float | str], float]:
-    """Median milliseconds of ours ("") and of each peer (or why it did not run), and the most memory ours took."""
+def timed(bench: Bench, case: Case, inputs: dict, part: str) -> tuple[dict[str, float | str], dict[str, float]]:
+    """Median milliseconds of ours ("") and of each peer (or why it did not run), and the most memory each took."""
     ready: dict[str, Callable] = {"": prepared(case.run, inputs, part)}
     times: dict[str, float | str] = {}
     for name, peer in case.peers.items():
@@ -197,7 +203,7 @@ def timed(bench: Bench, case: Case, inputs: dict, part: str) -> tuple[dict[str, 
         except Exception as error:  # a peer that cannot run here is a fact for the table, not a failure of ours
             ready.pop(name, None)
             times[name] = f"({type(error).__name__}: {str(error).splitlines()[0][:60] if str(error) else ''})"
-    peak = _peak(bench, ready[""])
+    peaks = {name: _peak(bench, run) for name, run in ready.items()}
     if bench.gpu:
         from triton.testing import do_bench
 
@@ -213,7 +219,7 @@ def timed(bench: Bench, case: Case, inputs: dict, part: str) -> tuple[dict[str, 
                 rounds[name].append(1e3 * (time.perf_counter() - before))
             if time.perf_counter() - started > 20 and len(rounds[""]) >= 2:
                 break
-    return {**{name: statistics.median(all_) for name, all_ in rounds.items()}, **times}, peak
+    return {**{name: statistics.median(all_) for name, all_ in rounds.items()}, **times}, peaks
 
 
 def prepared(run: Callable, inputs: dict, part: str) -> Callable[[], object]:

@@ -9,9 +9,11 @@ One form serves linear attention, the gated and the generalised delta rule. With
     S' = across S + k^T v + b^T u
 
 Linear attention has no a, b, u. The delta rule (beta given) has no k, v of its own: b is its key and a = -beta b.
-A document's start and padding are masks on the factors.
+A document's start and padding are masks on the factors. A long sequence goes span by span, so that what the chunks of
+a span need stays in a core's cache.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,8 @@ from torch import Tensor
 from kernels import recurrence, segments
 from kernels.chunks import FLOOR, STEPS, documents, join, split
 from kernels.decays import decays
+
+SPAN = 2**19  # numbers of a tensor that are worked on at a time
 
 
 def chunk(tokens: int, size: int) -> int:
@@ -56,6 +60,7 @@ class Tokens:
     state: Tensor
     number_BT: Tensor | None  # `segments.filled`
     real_BT: Tensor | None
+    chunk: int
 
     @classmethod
     def of(cls, q, k, v, decay, a, b, beta, state, segments_BT, scale) -> "Tokens":
@@ -69,22 +74,37 @@ class Tokens:
             k, b, decay = (None if x is None else keep_real(x, real_BT) for x in (k, b, decay))
         state = v.new_zeros(rows, heads, size, v.shape[3]) if state is None else state.to(wide)
         number_BT = None if segments_BT is None else segments.filled(segments_BT)
-        return cls(q, k, v, decay, a, b, beta, state, number_BT, real_BT)
+        return cls(q, k, v, decay, a, b, beta, state, number_BT, real_BT, chunk(tokens, size))
 
     @property
     def reads(self) -> bool:
         return self.a is not None or self.beta is not None
 
-    def first(self, n: int) -> "Tokens":
-        """Those of the first n columns."""
-        return Tokens(**{name: x if x is None or name == "state" else x[:, :n] for name, x in vars(self).items()})
+    def spans(self, tokens: int) -> Iterator[slice]:
+        """Stretches of whole chunks, of the first `tokens` columns."""
+        rows, _, heads, size = self.q.shape
+        each = rows * heads * max(size, self.v.shape[3], self.chunk) * self.chunk  # numbers of a chunk
+        length = max(1, SPAN // max(1, each)) * self.chunk
+        for start in range(0, tokens, length):
+            yield slice(start, min(start + length, tokens))
+
+    def part(self, span: slice, state: Tensor) -> "Tokens":
+        """The columns of a span, before which the memory is `state`."""
+        fixed = {"state": state, "chunk": self.chunk}
+        if self.number_BT is not None and span.start:
+            # The document that goes on is number 0 again.
+            number_BT = self.number_BT[:, span] - self.number_BT[:, span.start - 1 : span.start]
+            fixed["number_BT"] = number_BT
+        whole = span.start == 0 and span.stop == self.q.shape[1]
+        cut = {n: x if x is None or whole else x[:, span] for n, x in vars(self).items() if n not in fixed}
+        return Tokens(**cut, **fixed)
 
 
 class Inside:
     """All that is known of every chunk before the memory is: tensors (B, H, n, C, ...)."""
 
     def __init__(self, x: Tokens) -> None:
-        self.size = chunk(x.q.shape[1], x.q.shape[3])
+        self.size = x.chunk
         self.q, self.k, self.v = (split(y, self.size) for y in (x.q, x.k, x.v))
         self.beta = None if x.beta is None else split(x.beta, self.size)
         self.rows, self.columns = [self.q], [self.k]
@@ -114,12 +134,15 @@ def run(q, k, v, decay, a, b, beta, state, segments_BT, scale, keep) -> tuple[Te
     x = Tokens.of(q, k, v, decay, a, b, beta, state, segments_BT, scale)
     tokens = q.shape[1]
     walked = tokens if tokens <= STEPS else keep
-    outputs, moments, memory, saved = [], [], x.state, ()
-    if tokens > walked:
-        y, memory, *saved = _chunks(x if not walked else x.first(tokens - walked))
+    outputs, moments, memory, parts = [], [], x.state, []
+    for span in x.spans(tokens - walked):
+        y, memory, *part = _chunks(x.part(span, memory))
         outputs.append(y)
-    if walked:
+        parts.append(part)
+    if walked or not parts:
         saved = [memory.new_empty(0) for _ in range(3 if x.reads else 1)]
+    else:
+        saved = [part[0] if len(part) == 1 else torch.cat(part, 2) for part in zip(*parts, strict=True)]
     begins_BT = None if x.number_BT is None else segments.begins(x.number_BT)
     for t in range(tokens - walked, tokens + 1):
         if t >= tokens - keep:
@@ -132,7 +155,7 @@ def run(q, k, v, decay, a, b, beta, state, segments_BT, scale, keep) -> tuple[Te
     y = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0] if outputs else x.v
     y = y if x.real_BT is None else keep_real(y, x.real_BT)
     after = torch.stack(moments, 1) if keep else moments[0]
-    return y.to(v.dtype), after, *(saved or [memory.new_empty(0) for _ in range(3 if x.reads else 1)])
+    return y.to(v.dtype), after, *saved
 
 
 def _step(x: Tokens, t: int, memory: Tensor) -> Tensor:
@@ -183,10 +206,29 @@ def grad(args, saved, grads) -> dict[str, Tensor]:
     """
     q, k, v, decay, a, b, beta, state, segments_BT, scale, _ = args
     x = Tokens.of(*args[:10])
+    dy, dmemory = (g.to(x.q.dtype) for g in grads)
+    dy = dy if x.real_BT is None else keep_real(dy, x.real_BT)
+    parts = []
+    for span in reversed(list(x.spans(q.shape[1]))):
+        chunks = slice(span.start // x.chunk, -(-span.stop // x.chunk))
+        kept = [s[:, :, chunks] for s in saved]
+        found, dmemory = _unchunk(x.part(span, kept[0][:, :, 0]), kept, dy[:, span], dmemory, scale)
+        parts.append(found)
+    found = {
+        name: parts[0][name] if len(parts) == 1 else torch.cat([p[name] for p in parts[::-1]], 1) for name in parts[0]
+    }
+    if x.real_BT is not None:
+        found |= {name: keep_real(found[name], x.real_BT) for name in ("k", "b", "decay") if name in found}
+    found["state"] = dmemory
+    given = {"q": q, "k": k, "v": v, "decay": decay, "a": a, "b": b, "beta": beta, "state": state}
+    return {name: g.to(given[name].dtype) for name, g in found.items() if given[name] is not None}
+
+
+def _unchunk(x: Tokens, saved: list[Tensor], dy: Tensor, dmemory: Tensor, scale: float) -> tuple[dict, Tensor]:
+    """Gradients of a span's tokens, and of the memory before it, from those of its y and of the memory after."""
     c = Inside(x)
     starts, u, solver = (*saved, None, None)[:3]
-    dy, dmemory = (g.to(x.q.dtype) for g in grads)
-    dy = split(dy if x.real_BT is None else keep_real(dy, x.real_BT), c.size)
+    dy = split(dy, c.size)
     pairs, (since, until), across = c.pairs, (c.since, c.until), c.decays.across.unbind(2)
     given = (since[0].mT @ dy).unbind(2)
     if x.reads:
@@ -223,12 +265,7 @@ def grad(args, saved, grads) -> dict[str, Tensor]:
         found["beta"] = (dr * c.v).sum(-1) - (drows[1] * c.k).sum(-1)
     elif x.reads:
         found |= {"a": drows[1], "b": dcolumns[1]}
-    found = {name: join(g, q.shape[1]) for name, g in found.items()}
-    if x.real_BT is not None:
-        found |= {name: keep_real(found[name], x.real_BT) for name in ("k", "b", "decay") if name in found}
-    found["state"] = dmemory
-    given = {"q": q, "k": k, "v": v, "decay": decay, "a": a, "b": b, "beta": beta, "state": state}
-    return {name: g.to(given[name].dtype) for name, g in found.items() if given[name] is not None}
+    return {name: join(g, x.q.shape[1]) for name, g in found.items()}, dmemory
 
 
 def keep_real(x: Tensor, real_BT: Tensor) -> Tensor:

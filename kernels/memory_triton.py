@@ -65,8 +65,8 @@ class Call:
         self.number = None if segments_BT is None else segments.filled(self.segments)
         self.scale, self.keep = scale, keep
         self.reads, self.plain = a is not None or beta is not None, beta is None
-        self.chunk = chunk_size(self.tokens, self.size)
         self.inside = self.tokens - self.walked  # tokens that go by chunks
+        self.chunk = chunk_size(self.inside, self.size)
         self.chunks = triton.cdiv(self.inside, self.chunk)
         self.programs = self.rows * self.heads
         self.wide_block = max(16, triton.next_power_of_2(self.size))

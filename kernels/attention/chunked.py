@@ -53,7 +53,7 @@ def twice(*args) -> Tensor:
 def _run(
     q, k, v, past_k, past_v, length, positions, numbers, table, slopes, sinks, parents, scale, window, causal, softcap
 ) -> Tensor:
-    if q.shape[1] == 0:
+    if 0 in q.shape[:3]:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     extra = Extra(softcap, _per_group(slopes, k), _per_group(sinks, k))
     reach = _reach(q, past_k, length, positions, numbers, table, parents, window, causal, BLOCK, extra.none)
@@ -74,6 +74,8 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     q, k, v, past_k, past_v, length, positions, numbers, table, slopes, sinks, parents, scale, window, causal, cap = (
         args
     )
+    if 0 in q.shape[:3]:
+        return [torch.zeros_like(x) for x, need in zip(args, needs, strict=True) if need]
     extra = Extra(cap, _per_group(slopes, k), _per_group(sinks, k))
     reach = _reach(q, past_k, length, positions, numbers, table, parents, window, causal, GRAD_BLOCK, extra.none)
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -67,11 +67,14 @@ def seen(view: View, rows: int, tokens: int, window: int, causal: bool, device: 
     columns_T = torch.arange(tokens, device=device)
     length_B = columns_T.new_zeros(rows) if view.length_B is None or not view.past else view.length_B
     at_BT = view.positions_BT if view.positions_BT is not None else columns_T + length_B[:, None]
+    # The first index of the document that is in the window and not yet written over.
+    first_BT = (length_B[:, None] - view.capacity).clamp(min=0) * (segments_BT == 0)
+    if window:
+        first_BT = torch.maximum(first_BT, at_BT - window + 1)
     if causal:
-        count_BT = at_BT + 1
-        return (count_BT.clamp(max=window) if window else count_BT).clamp(min=1)
+        return (at_BT + 1 - first_BT).clamp(min=1)
     sizes_BN = torch.zeros(rows, tokens + 2, dtype=torch.int64, device=device)
     sizes_BN = sizes_BN.scatter_add(1, segments_BT + 1, torch.ones_like(segments_BT))
     sizes_BN = sizes_BN + length_B[:, None] * (torch.arange(tokens + 2, device=device) == 1)
     count_BT = sizes_BN.gather(1, segments_BT + 1)
-    return (count_BT - ((at_BT - window + 1).clamp(min=0) if window else 0)).clamp(min=1)
+    return (count_BT - first_BT).clamp(min=1)

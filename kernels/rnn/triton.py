@@ -115,7 +115,7 @@ def _walk(kernel, times: range, weight: Tensor | None, x: Tensor, cell: str, *ar
     waits = dense and slices > 1
     device = x.device
     room = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1 << 30
-    together = max(1, room // slices) if waits else heads * bands  # (head, band) pairs of one launch
+    together = max(1, room // slices if waits else heads * bands)  # (head, band) pairs of one launch
     warps = 1 if not dense else 8 if gates * block * slice_ >= 2**15 else 4
     meta = dict(
         KIND=KINDS[cell], G=gates, S=len(CELLS[cell].state), H=size, INNER=inner, BLOCKS=block // inner, SLICE=slice_,

@@ -121,10 +121,11 @@ def _scans(a, b, m, k, v, decay, bonus, begins, real) -> tuple[Tensor, Tensor]:
         before = torch.cat([m[:, None], most[:, :-1]], 1)
         on = before + slope >= given  # the past has the largest exponent, not the token
         on = on if begins is None else on & ~begins
-    passed = torch.where(on, slope, given)
-    if begins is not None:
-        passed = passed.masked_fill(begins & ~real, FRESH)
-    most = scan(on.to(k.dtype), passed, m)
+    if torch.is_grad_enabled():
+        passed = torch.where(on, slope, given)
+        if begins is not None:
+            passed = passed.masked_fill(begins & ~real, FRESH)
+        most = scan(on.to(k.dtype), passed, m)
     before = torch.cat([m[:, None], most[:, :-1]], 1)
     factor, weight = (before + slope - most).exp(), (given - most).exp()
     if begins is not None:

@@ -14,8 +14,8 @@ KERNELS = str(Path(__file__).parents[2] / "kernels")
 
 
 def pytest_generate_tests(metafunc):
-    """`case` of a suite's test is each of its CASES, `small` each of its SMALL, `form` each form but the definition."""
-    for fixture, table in (("case", "CASES"), ("small", "SMALL")):
+    """`case`, `small` and `recurrent` are each entry of a class's tables, `form` each form but the definition."""
+    for fixture, table in (("case", "CASES"), ("small", "SMALL"), ("recurrent", "RECURRENTS")):
         if fixture in metafunc.fixturenames and hasattr(metafunc.cls, table):
             found = getattr(metafunc.cls, table)
             metafunc.parametrize(fixture, list(found.values()), ids=list(found))

@@ -101,44 +101,49 @@ class Recurrent:
             close(theirs, ours[1:2])
 
 
-class Memory(Differentiable):
+class Carried:
+    """Tests of all ops with a carried state; `RECURRENTS` are named ones."""
+
+    RECURRENTS: dict[str, Recurrent]
+
+    def test_documents_and_padding_are_as_if_alone(self, recurrent):
+        recurrent.documents_and_padding_are_as_if_alone()
+
+    def test_padding_alone_changes_no_bit(self, recurrent):
+        recurrent.padding_alone_changes_no_bit()
+
+    @pytest.mark.parametrize("cut", [1, 37, 64, 99])
+    def test_split_is_one_pass(self, recurrent, cut):
+        recurrent.split_is_one_pass(cut)
+
+    def test_keep_is_the_state_of_shorter_calls(self, recurrent):
+        recurrent.keep_is_the_state_of_shorter_calls()
+
+    def test_earlier_outputs_do_not_change_by_a_bit(self, recurrent):
+        recurrent.earlier_outputs_do_not_change_by_a_bit()
+
+    def test_rows_are_independent(self, recurrent):
+        recurrent.rows_are_independent()
+
+
+class Memory(Differentiable, Carried):
     """What holds of the ops with a matrix memory. `inputs(tokens, rows, heads, key, value, state, ...)` draws tensors,
     `call` is the public function."""
 
     inputs = call = None
 
+    def __init_subclass__(cls):
+        cls.RECURRENTS = {"memory": Recurrent(cls.run, cls.inputs, ["state_BHKV"])}
+
     @classmethod
     def run(cls, segments=None, **options):
         return lambda **x: cls.call(**{"segments_BT": segments, **x}, **options)
-
-    @property
-    def recurrent(self):
-        return Recurrent(self.run, self.inputs, ["state_BHKV"])
 
     @pytest.mark.parametrize("gate", [0.0, 30.0, torch.inf])
     def test_any_decay_is_safe(self, gate, form, decays):
         x = self.inputs(40, rows=1, heads=1, **decays)
         x["decay"] = torch.where(torch.rand_like(x["decay"]) < 0.3, -gate, x["decay"])
         chain(self.run(), x, form)
-
-    def test_documents_and_padding_are_as_if_alone(self):
-        self.recurrent.documents_and_padding_are_as_if_alone()
-
-    def test_padding_alone_changes_no_bit(self):
-        self.recurrent.padding_alone_changes_no_bit()
-
-    @pytest.mark.parametrize("cut", [1, 37, 64, 99])
-    def test_split_is_one_pass(self, cut):
-        self.recurrent.split_is_one_pass(cut)
-
-    def test_keep_is_the_state_of_shorter_calls(self):
-        self.recurrent.keep_is_the_state_of_shorter_calls()
-
-    def test_earlier_outputs_do_not_change_by_a_bit(self):
-        self.recurrent.earlier_outputs_do_not_change_by_a_bit()
-
-    def test_rows_are_independent(self):
-        self.recurrent.rows_are_independent()
 
 
 def cases(call, inputs, **each):

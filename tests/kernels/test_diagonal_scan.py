@@ -5,7 +5,7 @@ import torch
 
 from kernels import diagonal_scan
 from tests.kernels.physics import DEVICE, chain, close, using
-from tests.kernels.recurrent import Recurrent, packed
+from tests.kernels.recurrent import Carried, Recurrent, packed
 from tests.kernels.suite import Differentiable, wrong
 
 
@@ -52,29 +52,10 @@ class TestDiagonalScan(Differentiable):
     }
 
 
-RECURRENT = Recurrent(run, lambda tokens, rows=2: inputs(tokens, rows, (20,)), states=["state"])
-
-
-def test_documents_and_padding_are_as_if_alone():
-    RECURRENT.documents_and_padding_are_as_if_alone()
-    RECURRENT.padding_alone_changes_no_bit()
-
-
-@pytest.mark.parametrize("cut", [1, 17, 64])
-def test_split_anywhere_is_one_pass(cut):
-    RECURRENT.split_is_one_pass(cut)
-
-
-def test_keep_is_the_state_of_shorter_calls():
-    RECURRENT.keep_is_the_state_of_shorter_calls()
-
-
-def test_earlier_outputs_do_not_change_by_a_bit():
-    RECURRENT.earlier_outputs_do_not_change_by_a_bit()
-
-
-def test_rows_are_independent():
-    RECURRENT.rows_are_independent()
+class TestCarried(Carried):
+    RECURRENTS = {
+        "diagonal_scan": Recurrent(run, lambda tokens, rows=2: inputs(tokens, rows, (20,)), states=["state"]),
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

@@ -5,7 +5,7 @@ import torch
 
 from kernels import diagonal_scan, log_scan
 from tests.kernels.physics import DEVICE, close, using
-from tests.kernels.recurrent import Recurrent, packed
+from tests.kernels.recurrent import Carried, Recurrent, packed
 from tests.kernels.suite import Differentiable, wrong
 
 
@@ -73,25 +73,10 @@ class TestLogScan(Differentiable):
     }
 
 
-RECURRENT = Recurrent(run, lambda tokens, rows=2: inputs(tokens, rows, 20), states=["log_state_BD"])
-
-
-def test_documents_and_padding_are_as_if_alone():
-    RECURRENT.documents_and_padding_are_as_if_alone()
-    RECURRENT.padding_alone_changes_no_bit()
-
-
-@pytest.mark.parametrize("cut", [1, 17, 64])
-def test_split_anywhere_is_one_pass(cut):
-    RECURRENT.split_is_one_pass(cut)
-
-
-def test_keep_is_the_state_of_shorter_calls():
-    RECURRENT.keep_is_the_state_of_shorter_calls()
-
-
-def test_rows_are_independent():
-    RECURRENT.rows_are_independent()
+class TestCarried(Carried):
+    RECURRENTS = {
+        "log_scan": Recurrent(run, lambda tokens, rows=2: inputs(tokens, rows, 20), states=["log_state_BD"]),
+    }
 
 
 @pytest.fixture(params=["reference", "chunked", "triton"])

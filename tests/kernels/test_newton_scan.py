@@ -6,7 +6,7 @@ import torch
 from kernels import para_gru, para_lstm
 from kernels.newton_scan.cells import CELLS
 from tests.kernels.physics import DEVICE, close, using
-from tests.kernels.recurrent import Recurrent, packed
+from tests.kernels.recurrent import Carried, Recurrent, packed
 from tests.kernels.suite import Differentiable, wrong
 
 
@@ -77,27 +77,8 @@ RECURRENT = {
 }
 
 
-@pytest.fixture(params=list(RECURRENT))
-def recurrent(request):
-    return RECURRENT[request.param]
-
-
-def test_documents_and_padding_are_as_if_alone(recurrent):
-    recurrent.documents_and_padding_are_as_if_alone()
-    recurrent.padding_alone_changes_no_bit()
-
-
-@pytest.mark.parametrize("cut", [1, 17, 64])
-def test_split_anywhere_is_one_pass(cut, recurrent):
-    recurrent.split_is_one_pass(cut)
-
-
-def test_keep_is_the_state_of_shorter_calls(recurrent):
-    recurrent.keep_is_the_state_of_shorter_calls()
-
-
-def test_rows_are_independent(recurrent):
-    recurrent.rows_are_independent()
+class TestCarried(Carried):
+    RECURRENTS = RECURRENT
 
 
 @pytest.mark.parametrize("cell", list(DRAWS))

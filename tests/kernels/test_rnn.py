@@ -5,7 +5,7 @@ import torch
 
 import kernels
 from tests.kernels.physics import DEVICE, chain, close
-from tests.kernels.recurrent import Recurrent, packed
+from tests.kernels.recurrent import Carried, Recurrent, packed
 from tests.kernels.suite import Differentiable, wrong
 
 GATES = {"elman": 1, "indrnn": 1, "gru": 3, "lstm": 4, "slstm": 4, "min_gru": 2, "min_lstm": 3}
@@ -101,26 +101,8 @@ recurrents = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GATES)
-class TestCarriedState:
-    def test_documents_and_padding_are_as_if_alone(self, name):
-        recurrents[name].documents_and_padding_are_as_if_alone()
-
-    def test_padding_alone_changes_no_bit(self, name):
-        recurrents[name].padding_alone_changes_no_bit()
-
-    @pytest.mark.parametrize("cut", [1, 37, 99])
-    def test_split_is_one_pass(self, name, cut):
-        recurrents[name].split_is_one_pass(cut)
-
-    def test_keep_is_the_state_of_shorter_calls(self, name):
-        recurrents[name].keep_is_the_state_of_shorter_calls()
-
-    def test_earlier_outputs_do_not_change_by_a_bit(self, name):
-        recurrents[name].earlier_outputs_do_not_change_by_a_bit()
-
-    def test_rows_are_independent(self, name):
-        recurrents[name].rows_are_independent()
+class TestCarried(Carried):
+    RECURRENTS = recurrents
 
 
 @pytest.mark.parametrize("name", ["elman", "gru", "lstm"])

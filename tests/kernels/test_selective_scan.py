@@ -7,7 +7,7 @@ from torch.nn.functional import softplus
 from kernels import selective_scan
 from kernels.selective_scan import chunked
 from tests.kernels.physics import chain, close
-from tests.kernels.recurrent import Recurrent, packed
+from tests.kernels.recurrent import Carried, Recurrent, packed
 from tests.kernels.suite import Differentiable, wrong
 
 SCANS = ["chunked", "cumsum", "hillis_steele"]
@@ -57,25 +57,12 @@ class TestSelectiveScan(Differentiable):
     }
 
 
-RECURRENT = Recurrent(run, lambda tokens, rows=2: inputs(tokens, rows, 20), states=["state_BDN"], fixed=["a_DN", "d_D"])
-
-
-def test_documents_and_padding_are_as_if_alone():
-    RECURRENT.documents_and_padding_are_as_if_alone()
-    RECURRENT.padding_alone_changes_no_bit()
-
-
-@pytest.mark.parametrize("cut", [1, 17, 64])
-def test_split_anywhere_is_one_pass(cut):
-    RECURRENT.split_is_one_pass(cut)
-
-
-def test_keep_is_the_state_of_shorter_calls():
-    RECURRENT.keep_is_the_state_of_shorter_calls()
-
-
-def test_rows_are_independent():
-    RECURRENT.rows_are_independent()
+class TestCarried(Carried):
+    RECURRENTS = {
+        "selective_scan": Recurrent(
+            run, lambda tokens, rows=2: inputs(tokens, rows, 20), states=["state_BDN"], fixed=["a_DN", "d_D"]
+        ),
+    }
 
 
 @pytest.mark.parametrize("scan", SCANS)

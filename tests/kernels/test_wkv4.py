@@ -1,11 +1,10 @@
 """wkv4: each form against the definition, the sum it stands for, and states carried."""
 
-import pytest
 import torch
 
 from kernels import wkv4
 from tests.kernels.physics import close, placed, using
-from tests.kernels.recurrent import Recurrent, packed
+from tests.kernels.recurrent import Carried, Recurrent, packed
 from tests.kernels.suite import Differentiable, wrong
 
 
@@ -63,25 +62,8 @@ recurrent = Recurrent(
 )
 
 
-class TestCarriedState:
-    def test_documents_and_padding_are_as_if_alone(self):
-        recurrent.documents_and_padding_are_as_if_alone()
-
-    def test_padding_alone_changes_no_bit(self):
-        recurrent.padding_alone_changes_no_bit()
-
-    @pytest.mark.parametrize("cut", [1, 37, 99])
-    def test_split_is_one_pass(self, cut):
-        recurrent.split_is_one_pass(cut)
-
-    def test_keep_is_the_state_of_shorter_calls(self):
-        recurrent.keep_is_the_state_of_shorter_calls()
-
-    def test_earlier_outputs_do_not_change_by_a_bit(self):
-        recurrent.earlier_outputs_do_not_change_by_a_bit()
-
-    def test_rows_are_independent(self):
-        recurrent.rows_are_independent()
+class TestCarried(Carried):
+    RECURRENTS = {"wkv4": recurrent}
 
 
 def test_is_the_weighted_average():
