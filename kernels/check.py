@@ -32,6 +32,12 @@ def keep(op: str, value: int, tokens: int) -> None:
         raise ValueError(f"{op}: keep={value}: a call of {tokens} tokens can keep 0..{tokens}")
 
 
+def window(op: str, value: int) -> None:
+    """Raise unless `value` is how many tokens a query may read, or 0 for all."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{op}: window={value!r} must be 0 (none) or a number of tokens")
+
+
 def segments(op: str, value: Tensor | None, rows: int, tokens: int) -> None:
     """Raise unless `value` is None or local segment numbers of `rows` rows and `tokens` tokens."""
     if value is not None:

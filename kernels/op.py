@@ -96,14 +96,14 @@ class Form:
     """One form of an op: the function itself, and the torch op made of it."""
 
     def __init__(self, name, run, fake, grad, saved, twice, differentiable, whole=False) -> None:
-        self.run, self.saved = run, saved
+        self.saved, self.run = saved, given_back(run)
         self.op = register(
             name, run, fake, grad=grad, saved=saved, twice=twice, differentiable=differentiable, whole=whole
         )
 
     def __call__(self, *args):
-        # Where nothing records and nothing is traced, as in a decode step, the function itself: an op's dispatch costs
-        # more there than a small tensor's arithmetic.
+        # Where nothing records and nothing is traced, as in a decode step, not the op: its dispatch costs more there
+        # than a small tensor's arithmetic.
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         outputs = (self.op if recorded else self.run)(*args)
         if not self.saved:
@@ -124,13 +124,8 @@ def register(
     whole: bool = False,
 ) -> Callable:
     """Register `edifice::name` and `edifice::name_backward`, arguments as of `Op`; returns the op."""
-
-    def run_form(*args):
-        outputs = form(*args)
-        return tuple(_owned(outputs, args)) if isinstance(outputs, tuple) else _owned([outputs], args)[0]
-
     schema = torch.library.infer_schema(form, mutates_args=())
-    forward = torch.library.custom_op(f"edifice::{name}", run_form, mutates_args=(), schema=schema)
+    forward = torch.library.custom_op(f"edifice::{name}", given_back(form), mutates_args=(), schema=schema)
     forward.register_fake(fake)
     if not differentiable:
         return forward
@@ -140,10 +135,11 @@ def register(
 
     def run(*everything):
         args, (outputs, grads, needs) = everything[: len(arguments)], everything[len(arguments) :]
-        if grad is not None:
-            found = grad(args, outputs, grads, needs)
-        else:
-            found = recompute(form, args, grads, needs, again=False)
+        with as_given():
+            if grad is not None:
+                found = grad(args, outputs, grads, needs)
+            else:
+                found = recompute(form, args, grads, needs, again=False)
         return _owned(found, (*args, *outputs, *grads))
 
     backward = torch.library.custom_op(
@@ -176,7 +172,8 @@ def register(
         needs = [i in places and need for i, need in enumerate(ctx.needs_input_grad)]
         grads = grads[: len(grads) - saved]
         if torch.is_grad_enabled():
-            found = recompute(twice or form, args, grads, needs, again=True)
+            with as_given():
+                found = recompute(twice or form, args, grads, needs, again=True)
         else:
             found = backward(*args, list(tensors[len(places) :]), list(grads), needs)
         found = iter(found)
@@ -208,6 +205,20 @@ def recompute(form: Callable, args: Sequence, grads: Sequence[Tensor], needs: Se
             materialize_grads=True,
         )
     return found
+
+
+def given_back(form: Callable) -> Callable:
+    """`form` outside autocast, and its outputs as an op may return them."""
+
+    def run(*args):
+        with as_given():
+            outputs = form(*args)
+        return tuple(_owned(outputs, args)) if isinstance(outputs, tuple) else _owned([outputs], args)[0]
+
+    return run
+
+
+as_given = torch._C._DisableAutocast  # an op's types are those of its arguments: autocast must not narrow its products
 
 
 @contextmanager

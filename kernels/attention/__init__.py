@@ -66,12 +66,11 @@ def attention(
     name = "attention"
     past = checked(name, q_BTHK, view)
     rows, tokens, heads, size = q_BTHK.shape
-    if window < 0:
-        raise ValueError(f"attention: window={window} must be 0 (none) or a number of tokens")
+    check.window(name, window)
     if mask not in ("causal", "full"):
         raise ValueError(f"attention: mask={mask!r} must be 'causal' or 'full'")
-    if softcap < 0:
-        raise ValueError(f"attention: softcap={softcap} must be 0 (none) or above")
+    if not 0 <= softcap < torch.inf:
+        raise ValueError(f"attention: softcap={softcap} must be 0 (none) or above, and finite")
     for label, value in (("slopes_H", slopes_H), ("sinks_H", sinks_H), ("ssmax_H", ssmax_H)):
         if value is not None:
             check.shape(name, label, value, (heads,), f"(H={heads},)")
@@ -89,7 +88,7 @@ def attention(
         factor_BTH = ssmax_H.to(wide) * count_BT.to(wide).log()[..., None]
         q_BTHK = (q_BTHK * factor_BTH[..., None]).to(q_BTHK.dtype)
     scale = size**-0.5 if scale is None else float(scale)
-    options = (slopes_H, sinks_H, parents_BT, scale, int(window), mask == "causal", float(softcap))
+    options = (slopes_H, sinks_H, parents_BT, scale, window, mask == "causal", float(softcap))
     return _op(q_BTHK, view.new["k"], view.new["v"], *past, *options)
 
 
@@ -119,6 +118,8 @@ def checked(name: str, q_BTHK: Tensor, view: View) -> tuple[Tensor | None, ...]:
         slots, size_v = past_k.shape[1], v.shape[3]
         want = (past_k.shape[0], slots, groups, size_v)
         check.shape(name, 'view.past["v"]', past_v, want, f"{want}, as view.past['k'] and view.new['v']")
+        check.floating(name, 'view.past["k"]', past_k)
+        check.floating(name, 'view.past["v"]', past_v)
         if length_B is None:
             raise ValueError(f"{name}: view.length_B must be given with a past")
         check.shape(name, "view.length_B", length_B, (rows,), f"(B={rows},)")

@@ -32,7 +32,7 @@ def chunked(
         made.append((torch.nn.functional.silu(y) if silu else y).to(x_BTD.dtype))
     y_BTD = torch.cat(made, 1) if len(made) > 1 else made[0]
     if moved is not None:
-        y_BTD = _back(y_BTD, moved) * (segments_BT >= 0)[..., None]
+        y_BTD = torch.where((segments_BT >= 0)[..., None], _back(y_BTD, moved), 0)
     state = take(x_BTD, state_BWD, *places(segments_BT, rows, tokens, keep, weight_DW.shape[1] - 1, x_BTD.device))
     return y_BTD, state if keep else state[:, 0]
 
@@ -46,7 +46,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     dy = grads[0]
     if moved is not None:
-        dy = (dy * (segments_BT >= 0)[..., None]).gather(1, moved[..., None].expand_as(dy))
+        dy = torch.where((segments_BT >= 0)[..., None], dy, 0).gather(1, moved[..., None].expand_as(dy))
     weight = weight_DW.to(wide).unbind(1)
     dline = x.new_zeros(rows, taps - 1 + tokens, dim, dtype=wide)
     dweight, dbias = dline.new_zeros(taps, dim), dline.new_zeros(dim)
@@ -61,7 +61,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
         for w in range(taps):
             g_tap = g
             if of is not None and w < taps - 1:
-                g_tap = g * (of[:, w : w + length] == of[:, taps - 1 :])[..., None]
+                g_tap = torch.where((of[:, w : w + length] == of[:, taps - 1 :])[..., None], g, 0)
             dline[:, block.start + w : block.stop + w].addcmul_(g_tap, weight[w])
             dweight[w] += (g_tap * line[:, w : w + length]).sum((0, 1))
         dbias += g.sum((0, 1))
@@ -87,6 +87,7 @@ def _line(x_BTD, weight_DW, state_BWD, segments_BT) -> tuple[Tensor, Tensor, Ten
     moved = None
     if segments_BT is not None and bool((segments_BT < 0).any()):
         moved = order(segments_BT)
+        x_BTD = torch.where((segments_BT >= 0)[..., None], x_BTD, 0)  # NaN it may be
         segments_BT = segments_BT.gather(1, moved)
         x_BTD = x_BTD.gather(1, moved[..., None].expand_as(x_BTD))
     tail = x_BTD.new_zeros(rows, reach, dim) if state_BWD is None else state_BWD.to(x_BTD.dtype)
@@ -119,6 +120,6 @@ def _taps(line: Tensor, number: Tensor | None, weight_DW: Tensor, bias_D: Tensor
     for w in range(taps - 1):
         x = line[:, w : w + tokens]
         if number is not None:
-            x = x * (number[:, w : w + tokens] == number[:, taps - 1 :])[..., None]
+            x = torch.where((number[:, w : w + tokens] == number[:, taps - 1 :])[..., None], x, 0)
         y = torch.addcmul(y, x, weight[w])
     return y

@@ -39,7 +39,7 @@ def take(x_BTD: Tensor, state_BWD: Tensor | None, place: Tensor, valid: Tensor) 
         if state_BWD is not None:
             old = state_BWD.to(x_BTD.dtype).gather(1, at.clamp(max=reach - 1).expand(shape))
             tails = torch.where(at < reach, old, tails)
-    return (tails * valid.reshape(rows, -1, 1)).view(rows, moments, reach, size)
+    return torch.where(valid.reshape(rows, -1, 1), tails, 0).view(rows, moments, reach, size)
 
 
 def give(dmoments: Tensor, place: Tensor, valid: Tensor, dx_BTD: Tensor, dstate_BWD: Tensor) -> None:
@@ -48,7 +48,7 @@ def give(dmoments: Tensor, place: Tensor, valid: Tensor, dx_BTD: Tensor, dstate_
     if not reach:
         return
     at = place.reshape(rows, -1, 1)
-    g = dmoments.reshape(rows, -1, dx_BTD.shape[2]) * valid.reshape(rows, -1, 1)
+    g = torch.where(valid.reshape(rows, -1, 1), dmoments.reshape(rows, -1, dx_BTD.shape[2]), 0)
     if dx_BTD.shape[1]:
         late = (g * (at >= reach)).to(dx_BTD.dtype)
         dx_BTD.scatter_add_(1, (at - reach).clamp(0).expand(g.shape), late)

@@ -38,7 +38,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of logits z = x W^T at each token: logsumexp(z) - z_target.
 
-    x (N, D) and weight (C, D) floating point; targets (N) int64 classes, -100 for none.
+    x (N, D) and weight (C, D) floating point; targets (N) int64 classes, -100 for none: such a row of x
+    is not looked at.
     softcap: z = softcap tanh(x W^T / softcap), 0 for none (arXiv 2408.00118). z_loss: this times logsumexp(z)^2 is
     added to each loss (arXiv 2204.02311). label_smoothing: this share of the target goes to all classes alike.
     Returns losses (N) in fp32 (fp64 for fp64), 0 where there is no target. Gradients for x and weight; made in forward

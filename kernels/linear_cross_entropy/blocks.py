@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.linear_cross_entropy.reference import IGNORE, check_targets
+from kernels.linear_cross_entropy.reference import IGNORE, check_targets, looked_at
 
 
 def walk(args, rows: Callable, size: int, scale_N: Tensor | None, want: tuple[bool, bool, bool]) -> list[Tensor | None]:
@@ -34,7 +34,7 @@ def walk(args, rows: Callable, size: int, scale_N: Tensor | None, want: tuple[bo
     dw_CD = torch.zeros_like(weight_CD, memory_format=torch.contiguous_format) if want[2] else None
     for start in range(0, len(x_ND), size):
         block = slice(start, start + size)
-        x = x_ND[block].to(dtype)
+        x = looked_at(x_ND[block], targets_N[block]).to(dtype)
         logits = torch.mm(x, weight_CD.T, out_dtype=wide) if narrow else x @ weight_CD.T
         scale = None if scale_N is None else scale_N[block]
         losses = None if losses_N is None else losses_N[block]

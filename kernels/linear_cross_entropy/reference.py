@@ -19,13 +19,18 @@ def reference(
     """Losses (N), 0 where the target is IGNORE. The last two arguments are about when gradients are made: not here."""
     check_targets(targets_N, len(weight_CD))
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    logits_NC = x_ND.to(wide) @ weight_CD.to(wide).T
+    logits_NC = looked_at(x_ND, targets_N).to(wide) @ weight_CD.to(wide).T
     if softcap:
         logits_NC = softcap * (logits_NC / softcap).tanh()
     norm_N = logits_NC.logsumexp(1)
     chosen_N = logits_NC.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
     losses_N = norm_N - (1 - smoothing) * chosen_N - smoothing * logits_NC.mean(1) + z_loss * norm_N.square()
     return torch.where(targets_N == IGNORE, 0, losses_N)
+
+
+def looked_at(x_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """x with rows without a target 0: NaN there may be, and would be in the gradient of the weight even times 0."""
+    return x_ND.masked_fill((targets_N == IGNORE)[:, None], 0)
 
 
 def check_targets(targets_N: Tensor, classes: int) -> None:

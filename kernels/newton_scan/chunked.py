@@ -41,17 +41,16 @@ def chunked(
     wide = torch.promote_types(x_BT3D.dtype, torch.float32)
     rows, tokens, _, size = x_BT3D.shape
     kind = CELLS[cell]
-    x, w = x_BT3D.to(wide).movedim(2, 0), weight_ND.to(wide)
+    real, begins = _marks(segments_BT)
+    x, w = _real(x_BT3D.to(wide).movedim(2, 0), real), weight_ND.to(wide)
     line = torch.empty(kind.states, rows, tokens + 1, size, dtype=wide, device=x.device)
     line[:, :, 0] = 0 if state_BKD is None else state_BKD.transpose(0, 1)
-    real, begins = _marks(segments_BT)
     length = 1 if tokens <= STEPS else min(4096, max(64, STATES // max(1, rows * size * kind.states)))
     for first in range(0, tokens, length):
         block = slice(first, min(first + length, tokens))
         marks = None if real is None else (real[:, block], begins[:, block])
         _solve(kind, x[:, :, block], w, line[:, :, first : block.stop + 1], marks, iterations)
-    y = line[-1, :, 1:]
-    y = y if real is None else torch.where(real, y, 0)
+    y = _real(line[-1, :, 1:], real)
     moments = line[:, :, tokens - keep :]
     return y.to(x_BT3D.dtype), (moments if keep else moments[:, :, 0]).movedim(0, -2).contiguous(), line
 
@@ -61,16 +60,16 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     x_BT3D, weight_ND, state_BKD, segments_BT, keep, cell, _ = args
     line = outputs[0]
     kind, tokens = CELLS[cell], x_BT3D.shape[1]
-    x, w = x_BT3D.to(line.dtype).movedim(2, 0), weight_ND.to(line.dtype)
     real, begins = _marks(segments_BT)
+    x, w = _real(x_BT3D.to(line.dtype).movedim(2, 0), real), weight_ND.to(line.dtype)
     before = line[:, :, :-1] if real is None else torch.where(begins, 0, line[:, :, :-1])
     _, jacobian, by_x = kind.slopes(x, w, before)
     g = torch.zeros_like(line)
-    g[-1, :, 1:] = grads[0] if real is None else torch.where(real, grads[0], 0)
+    g[-1, :, 1:] = _real(grads[0], real)
     dmoments = grads[1].movedim(-2, 0)
     g[:, :, tokens - keep :] += dmoments if keep else dmoments[:, :, None]
     if real is not None:
-        jacobian, by_x = _linear(jacobian, real, begins), torch.where(real, by_x, 0)
+        jacobian, by_x = _linear(jacobian, real, begins), _real(by_x, real)
     # The gradient of the state before t is J_t^T times that of the one after; g has both ends.
     found = torch.empty_like(line)
     found[:, :, -1] = g[:, :, -1]
@@ -113,6 +112,11 @@ def _linear(jacobian: Tensor, real: Tensor, begins: Tensor) -> Tensor:
     """0 where a document begins; at padding the state stays."""
     same = torch.eye(jacobian.shape[0], dtype=jacobian.dtype, device=jacobian.device)[..., None, None, None]
     return torch.where(real, jacobian, same).masked_fill(begins, 0)
+
+
+def _real(v: Tensor, real_BT1: Tensor | None) -> Tensor:
+    """v (..., B, T, D) with 0 at padding, where NaN may have been."""
+    return v if real_BT1 is None else torch.where(real_BT1, v, 0)
 
 
 def _scan(a: Tensor, x: Tensor, start: Tensor, out: Tensor, reverse: bool = False) -> None:

@@ -163,7 +163,8 @@ def _forward(
         which = tl.where(t < tokens, 0, 2)[:, None]
         if kind is not None:
             which = tl.load(kind + line + t, mask=t < tokens, other=2).to(tl.int32)[:, None]
-        x0, x1, x2 = _x(x, line, t, d, inside, 0, D), _x(x, line, t, d, inside, 1, D), _x(x, line, t, d, inside, 2, D)
+        adds = inside & (which != 2)
+        x0, x1, x2 = _x(x, line, t, d, adds, 0, D), _x(x, line, t, d, adds, 1, D), _x(x, line, t, d, adds, 2, D)
         s = none + carry[None, :]
         h = none + carry_h[None, :]
         count = rounds * 0
@@ -261,12 +262,13 @@ def _backward(
         which = tl.where(t < tokens, 0, 2)[:, None]
         if kind is not None:
             which = tl.load(kind + line + t, mask=t < tokens, other=2).to(tl.int32)[:, None]
-        x0, x1, x2 = _x(x, line, t, d, inside, 0, D), _x(x, line, t, d, inside, 1, D), _x(x, line, t, d, inside, 2, D)
+        adds = inside & (which != 2)
+        x0, x1, x2 = _x(x, line, t, d, adds, 0, D), _x(x, line, t, d, adds, 1, D), _x(x, line, t, d, adds, 2, D)
         goes = inside & (which == 0)
         stays = tl.where(which == 2, 1.0, 0.0)
         s = tl.load(states + before + t[:, None] * D + d[None, :], mask=goes, other=0.0)
         at = (line + t)[:, None] * D + d[None, :]
-        g_y = tl.load(dy + at, mask=inside & (which != 2), other=0.0).to(tl.float32)
+        g_y = tl.load(dy + at, mask=adds, other=0.0).to(tl.float32)
         g = _outside(dmoments, b, t, d, inside, tokens, keep, 0, STATES, D)
         if LSTM:
             h = tl.load(states + apart + before + t[:, None] * D + d[None, :], mask=goes, other=0.0)
@@ -284,8 +286,8 @@ def _backward(
             g_h += pc * carry[None, :] + pd * carry_h[None, :] + py
             carry = tl.sum(tl.where((r == 0)[:, None], c_c * g + h_s * g_h, 0.0), 0)
             carry_h = tl.sum(tl.where((r == 0)[:, None], c_h * g + h_h * g_h, 0.0), 0)
-            whole = tl.where(inside & (which != 2), g + h_c * g_h, 0.0)
-            d0, d1, d2 = whole * by_f, whole * by_g, tl.where(inside & (which != 2), g_h * by_o, 0.0)
+            whole = tl.where(adds, g + h_c * g_h, 0.0)
+            d0, d1, d2 = whole * by_f, whole * by_g, tl.where(adds, g_h * by_o, 0.0)
             of_0 += tl.sum(d0 * h, 0)
             of_1 += tl.sum(d1 * h, 0)
             of_2 += tl.sum(d2 * h, 0)
@@ -298,7 +300,7 @@ def _backward(
             _, _, p, q = tl.associative_scan((slope, slope * g, one, none), 0, linear_before, reverse=True)
             g += p * carry[None, :] + q
             carry = tl.sum(tl.where((r == 0)[:, None], slope * g, 0.0), 0)
-            g = tl.where(inside & (which != 2), g, 0.0)
+            g = tl.where(adds, g, 0.0)
             d0, d1, d2 = g * by_0, g * by_1, g * by_2
             of_0 += tl.sum(d0 * s, 0)
             of_1 += tl.sum(d1 * s, 0)

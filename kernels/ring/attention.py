@@ -53,8 +53,7 @@ def ring_attention(
     for name, x in (("k_BTGK", k_BTGK), ("v_BTGV", v_BTGV)):
         check.dtype(NAME, name, x, q_BTHK.dtype)
         check.device(NAME, name, x, q_BTHK)
-    if window < 0:
-        raise ValueError(f"{NAME}: window={window} must be 0 (none) or a number of tokens")
+    check.window(NAME, window)
     if mask not in ("causal", "full"):
         raise ValueError(f"{NAME}: mask={mask!r} must be 'causal' or 'full'")
     if balance not in BALANCES:
@@ -66,7 +65,7 @@ def ring_attention(
         check.device(NAME, "segments_BT", segments_BT, q_BTHK)
     scale = size**-0.5 if scale is None else float(scale)
     name = exchange.name_of(NAME, group)
-    return _op(q_BTHK, k_BTGK, v_BTGV, segments_BT, name, scale, int(window), mask == "causal", balance)[0]
+    return _op(q_BTHK, k_BTGK, v_BTGV, segments_BT, name, scale, window, mask == "causal", balance)[0]
 
 
 @dataclass(frozen=True)

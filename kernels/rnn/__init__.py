@@ -171,12 +171,16 @@ def _run(name, cell, x, weight, states, segments_BT, keep, bias_U=None):
     if bias_U is not None:
         check.shape(name, "bias_U", bias_U, (units,), f"(U={units},)")
         check.floating(name, "bias_U", bias_U)
+        check.device(name, "bias_U", bias_U, x)
         bias_GU = torch.cat([bias_U.new_zeros(gates - 1, units), bias_U[None]])
     for label, state in states.items():
         if state is not None:
             check.shape(name, label, state, (rows, units), f"(B={rows}, U={units})")
+            check.floating(name, label, state)
             check.device(name, label, state, x)
     check.segments(name, segments_BT, rows, tokens)
+    if segments_BT is not None:
+        check.device(name, "segments_BT", segments_BT, x)
     check.keep(name, keep, tokens)
     carried = None
     if any(state is not None for state in states.values()):

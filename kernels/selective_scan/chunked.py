@@ -38,20 +38,20 @@ def chunked(
     """As `reference`; then, for `grad`, the states that entered the blocks, (n, B, D*N)."""
     wide = torch.promote_types(x_BTD.dtype, torch.float32)
     rows, tokens, _ = x_BTD.shape
-    x, step, a, b, c = (v.to(wide) for v in (x_BTD, step_BTD, a_DN, b_BTN, c_BTN))
-    h = x.new_zeros(rows, a.numel()) if state_BDN is None else state_BDN.to(wide).flatten(1)
     real_BT1, begins_BT1 = _marks(segments_BT)
+    x, step, b, c = (_real(v.to(wide), real_BT1) for v in (x_BTD, step_BTD, b_BTN, c_BTN))
+    a = a_DN.to(wide)
+    h = x.new_zeros(rows, a.numel()) if state_BDN is None else state_BDN.to(wide).flatten(1)
     outputs, entered, last = [], [], [h[:, None]]
     for block in blocks(x, a):
         entered.append(h)
-        log_a, decay, added = _factors(x, step, a, b, real_BT1, begins_BT1, block)
+        log_a, decay, added = _factors(x, step, a, b, begins_BT1, block)
         line = SCANS[scan](log_a, decay, added, h, False)
         h = line[:, -1]
         outputs.append((line.unflatten(2, a.shape) @ c[:, block, :, None])[..., 0])
         last.append(line[:, max(tokens - keep - 1 - block.start, 0) :])
     y = torch.cat(outputs, 1) if outputs else x
-    y = y if d_D is None else y + d_D.to(wide) * x
-    y = y if real_BT1 is None else torch.where(real_BT1, y, 0)
+    y = _real(y if d_D is None else y + d_D.to(wide) * x, real_BT1)
     state = torch.cat(last, 1)[:, -keep - 1 :].unflatten(2, a.shape) if keep else h.unflatten(1, a.shape)
     return y.to(x_BTD.dtype), state, torch.stack(entered) if entered else x.new_empty(0, rows, a.numel())
 
@@ -64,17 +64,15 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     x_BTD, step_BTD, a_DN, b_BTN, c_BTN, d_D, state_BDN, segments_BT, keep, scan = args
     entered = outputs[0]
     wide = entered.dtype
-    x, step, a, b, c = (v.to(wide) for v in (x_BTD, step_BTD, a_DN, b_BTN, c_BTN))
-    tokens = x.shape[1]
     real_BT1, begins_BT1 = _marks(segments_BT)
-    dy = grads[0].to(wide)
-    dy = dy if real_BT1 is None else torch.where(real_BT1, dy, 0)
+    x, step, b, c, dy = (_real(v.to(wide), real_BT1) for v in (x_BTD, step_BTD, b_BTN, c_BTN, grads[0]))
+    a, tokens = a_DN.to(wide), x.shape[1]
     dmoments = grads[1].to(wide).flatten(-2)
     dmoments = dmoments if keep else dmoments[:, None]
     dx, dstep, db, dc = (torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, step, b, c))
     da, carry = torch.zeros_like(a), torch.zeros_like(dmoments[:, 0])
     for n, block in reversed(list(enumerate(blocks(x, a)))):
-        log_a, decay, added = _factors(x, step, a, b, real_BT1, begins_BT1, block)
+        log_a, decay, added = _factors(x, step, a, b, begins_BT1, block)
         h = SCANS[scan](log_a, decay, added, entered[n], False)
         g = (dy[:, block, :, None] * c[:, block, None]).flatten(2)
         first = max(block.start, tokens - keep - 1)  # the first token of the block whose state was returned
@@ -90,7 +88,6 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
         e[:, 0] *= entered[n]
         e, g, h = (v.unflatten(2, a.shape) for v in (e, g, h))
         step_, x_ = step[:, block], x[:, block]
-        step_ = step_ if real_BT1 is None else torch.where(real_BT1[:, block], step_, 0)
         da += (e * step_[..., None]).sum((0, 1))
         of_write = (g @ b[:, block, :, None])[..., 0]
         dx[:, block] = of_write * step_
@@ -101,8 +98,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
         carry = carry + dmoments[:, 0]
     if d_D is not None:
         dx.addcmul_(dy, d_D.to(wide))
-    if real_BT1 is not None:
-        dstep = torch.where(real_BT1, dstep, 0)
+    dstep = _real(dstep, real_BT1)
     dd = None if d_D is None else (dy * x).sum((0, 1))
     found = (dx, dstep, da, db, dc, dd, carry.unflatten(1, a.shape))
     return [g.to(arg.dtype) for g, arg, need in zip(found, args, needs, strict=False) if need]
@@ -122,9 +118,14 @@ def _marks(segments_BT: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (segments_BT >= 0)[..., None], segments.begins(segments.filled(segments_BT))[..., None]
 
 
-def _factors(x, step, a, b, real_BT1, begins_BT1, block: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _real(v: Tensor, real_BT1: Tensor | None) -> Tensor:
+    """v with 0 at padding: a step of 0 changes no state, and what was there, NaN it may be, is in no product."""
+    return v if real_BT1 is None else torch.where(real_BT1, v, 0)
+
+
+def _factors(x, step, a, b, begins_BT1, block: slice) -> tuple[Tensor, Tensor, Tensor]:
     """What a block's states decay by, as logarithm and as such, and what is added, (B, S, D*N) each."""
-    step = step[:, block] if real_BT1 is None else torch.where(real_BT1[:, block], step[:, block], 0)
+    step = step[:, block]
     log_a = (step[..., None] * a).flatten(2)
     if begins_BT1 is not None:
         log_a = log_a.masked_fill(begins_BT1[:, block], -torch.inf)

@@ -61,6 +61,8 @@ def wkv4(
         check.floating("wkv4", name, x)
         check.device("wkv4", name, x, k_BTD)
     check.segments("wkv4", segments_BT, rows, tokens)
+    if segments_BT is not None:
+        check.device("wkv4", "segments_BT", segments_BT, k_BTD)
     check.keep("wkv4", keep, tokens)
     return _op(k_BTD, v_BTD, decay_D, bonus_D, state_B3D, segments_BT, keep)
 

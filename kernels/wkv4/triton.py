@@ -26,7 +26,7 @@ def forward(
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference`; then, for `grad`, the states around every token (B, T+1, 3, D) fp32."""
-    k, v = k_BTD.contiguous(), v_BTD.contiguous()
+    k, v, decay, bonus = (x.contiguous() for x in (k_BTD, v_BTD, decay_D, bonus_D))
     rows, tokens, size = k.shape
     states = torch.empty(rows, tokens + 1, 3, size, dtype=torch.float32, device=k.device)
     if state_B3D is None:
@@ -35,7 +35,7 @@ def forward(
         states[:, 0] = state_B3D
     y = torch.empty_like(v)
     launch(
-        _forward, (rows * triton.cdiv(size, BLOCK),), k, v, decay_D, bonus_D, kinds(segments_BT), y, states,
+        _forward, (rows * triton.cdiv(size, BLOCK),), k, v, decay, bonus, kinds(segments_BT), y, states,
         tokens, size, BLOCK, FRESH, num_warps=1,
     )  # fmt: skip
     return y, (states[:, tokens - keep :] if keep else states[:, tokens]).clone(), states
@@ -51,14 +51,15 @@ def fake(k_BTD, v_BTD, decay_D, bonus_D, state_B3D, segments_BT, keep):
 def grad(args, outputs, grads, needs) -> list[Tensor]:
     """By one walk back."""
     k_BTD, v_BTD, decay_D, bonus_D, state_B3D, segments_BT, keep = args
-    k, v, states = k_BTD.contiguous(), v_BTD.contiguous(), outputs[0]
+    k, v, decay, bonus = (x.contiguous() for x in (k_BTD, v_BTD, decay_D, bonus_D))
+    states = outputs[0]
     rows, tokens, size = k.shape
     dy, dmoments = grads[0].contiguous(), grads[1].contiguous()
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     ddecay, dbonus = (k.new_empty(rows, size, dtype=torch.float32) for _ in range(2))
     dstart = k.new_empty(rows, 3, size, dtype=torch.float32)
     launch(
-        _backward, (rows * triton.cdiv(size, BLOCK),), k, v, decay_D, bonus_D, kinds(segments_BT), states, dy, dmoments,
+        _backward, (rows * triton.cdiv(size, BLOCK),), k, v, decay, bonus, kinds(segments_BT), states, dy, dmoments,
         dk, dv, ddecay, dbonus, dstart, tokens, keep, size, BLOCK, FRESH, num_warps=1,
     )  # fmt: skip
     found = (dk, dv, ddecay.sum(0).to(decay_D.dtype), dbonus.sum(0).to(bonus_D.dtype), dstart)
