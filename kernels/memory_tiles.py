@@ -135,13 +135,13 @@ def product(x, y, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def readers(k, a, b, beta, row, here, real, K: tl.constexpr, d):
+def readers(k, a, b, beta, row, real, K: tl.constexpr, d):
     """Tiles of what reads the memory and of where the answer goes: a and b, or -beta k and k."""
     if beta is not None:
         along = rows_of(k, row, real, K, d).to(tl.float32)
-        rate = tl.load(beta + row, mask=here, other=0.0).to(tl.float32)
+        rate = tl.load(beta + row, mask=real, other=0.0).to(tl.float32)
         asks = -rate[:, None] * along
     else:
         along = rows_of(b, row, real, K, d).to(tl.float32)
-        asks = rows_of(a, row, here, K, d).to(tl.float32)
+        asks = rows_of(a, row, real, K, d).to(tl.float32)
     return asks, along

@@ -178,10 +178,10 @@ def _scores(
     a_b = tl.zeros((C, C), tl.float32)
     for first in range(0, K, BK):
         d = first + tl.arange(0, BK)
-        query = rows_of(q, row, here, K, d)
+        query = rows_of(q, row, real, K, d)
         key = rows_of(k, row, real, K, d)
         if READS:
-            asks, along = readers(k, a, b, beta, row, here, real, K, d)
+            asks, along = readers(k, a, b, beta, row, real, K, d)
         if CHANNEL:
             query = query.to(tl.float32)
             key = key.to(tl.float32)
@@ -217,7 +217,7 @@ def _scores(
         between = between_tokens(decay, segments, at_b, at_h, t, T, N, H, C)
         factor *= between
         if READS:
-            rate = tl.load(beta + row, mask=here, other=0.0).to(tl.float32)
+            rate = tl.load(beta + row, mask=real, other=0.0).to(tl.float32)
             between *= tl.where(diagonal, 0.0, -rate[:, None])
             a_b *= between
     COUNT: tl.constexpr = 4 if PLAIN and READS else 2 if READS else 1
@@ -279,17 +279,17 @@ def _walk(
         since, lag, until, across = chunk_decays(
             decay, segments, number, at_b, at_h, chunk, t, T, N, H, d, K, C, CHANNEL, LAG
         )
-        value = rows_of(v, row, here, V, e).to(tl.float32)
-        query = rows_of(q, row, here, K, d).to(tl.float32) * since * scale
+        value = rows_of(v, row, real, V, e).to(tl.float32)
+        query = rows_of(q, row, real, K, d).to(tl.float32) * since * scale
         found = tl.dot(query, memory, input_precision=PRECISION)
         at = scores + n * COUNT * C * C + square
         if READS:
-            asks, along = readers(k, a, b, beta, row, here, real, K, d)
+            asks, along = readers(k, a, b, beta, row, real, K, d)
             answer = tl.dot(asks * lag, memory, input_precision=PRECISION)
             if PLAIN:
                 answer += tl.dot(tl.load(at + 2 * C * C), value, input_precision=PRECISION)
             else:
-                answer += tl.load(beta + row, mask=here, other=0.0).to(tl.float32)[:, None] * value
+                answer += tl.load(beta + row, mask=real, other=0.0).to(tl.float32)[:, None] * value
             answer = tl.dot(tl.load(solver + n * C * C + square), answer, input_precision=PRECISION)
             tl.store(u + (n * C + i)[:, None] * V + e[None, :], answer, mask=(e < V)[None, :])
             read = at
@@ -337,11 +337,11 @@ def _steps(
             now = tl.load(number + at_b * T + t, mask=here, other=0)
             past = tl.load(number + at_b * T + t - 1, mask=here & (t > 0), other=0)
             memory = tl.where((here & (now != past))[:, None], 0.0, memory)
-        query = tl.load(q + row * K + d, mask=here & (d < K), other=0.0).to(tl.float32)
+        query = tl.load(q + row * K + d, mask=real & (d < K), other=0.0).to(tl.float32)
         key = tl.load(k + row * K + d, mask=real & (d < K), other=0.0).to(tl.float32)
-        value = tl.load(v + row * V + e, mask=here & (e < V), other=0.0).to(tl.float32)
+        value = tl.load(v + row * V + e, mask=real & (e < V), other=0.0).to(tl.float32)
         if a is not None:
-            asks = tl.load(a + row * K + d, mask=here & (d < K), other=0.0).to(tl.float32)
+            asks = tl.load(a + row * K + d, mask=real & (d < K), other=0.0).to(tl.float32)
             along = tl.load(b + row * K + d, mask=real & (d < K), other=0.0).to(tl.float32)
             answer = tl.sum(asks[:, None] * memory, 0)
         if CHANNEL:
@@ -351,7 +351,7 @@ def _steps(
             gate = tl.load(decay + row, mask=real, other=0.0).to(tl.float32)
             memory *= tl.exp(tl.maximum(gate, FLOOR))[:, None]
         if beta is not None:
-            rate = tl.load(beta + row, mask=here, other=0.0).to(tl.float32)
+            rate = tl.load(beta + row, mask=real, other=0.0).to(tl.float32)
             value = rate * (value - tl.sum(key[:, None] * memory, 0))
         memory += key[:, None] * value[None, :]
         if a is not None:

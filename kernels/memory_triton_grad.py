@@ -58,11 +58,11 @@ def unwalk(
             key = rows_of(k, row, real, K, d).to(tl.float32) * until
             value += tl.dot(key, memory, input_precision=PRECISION)
             value += tl.dot(tl.load(at), given, input_precision=PRECISION)
-        query = rows_of(q, row, here, K, d).to(tl.float32) * since * scale
+        query = rows_of(q, row, real, K, d).to(tl.float32) * since * scale
         before = memory * across[:, None]
         before += tl.dot(tl.trans(query), given, input_precision=PRECISION)
         if READS:
-            asks, along = readers(k, a, b, beta, row, here, real, K, d)
+            asks, along = readers(k, a, b, beta, row, real, K, d)
             answer = tl.dot(along * until, memory, input_precision=PRECISION)
             read = at
             if PLAIN:
@@ -74,7 +74,7 @@ def unwalk(
             if PLAIN:
                 value += tl.dot(tl.load(at + 2 * C * C), answer, input_precision=PRECISION)
             else:
-                value += tl.load(beta + row, mask=here, other=0.0).to(tl.float32)[:, None] * answer
+                value += tl.load(beta + row, mask=real, other=0.0).to(tl.float32)[:, None] * answer
         memory = before
         to = dv + row[:, None] * V + e[None, :]
         tl.store(to, value.to(dv.dtype.element_ty), mask=here[:, None] & (e < V)[None, :])
@@ -103,7 +103,7 @@ def score_grads(
     for first in range(0, V, BV):
         e = first + tl.arange(0, BV)
         given = rows_of(dy, row, real, V, e)
-        value = rows_of(v, row, here, V, e)
+        value = rows_of(v, row, real, V, e)
         if PLAIN:
             q_k += product(given, value, PRECISION)
         if READS:
@@ -171,7 +171,7 @@ def key_grads(
         given = rows_of(dy, row, real, V, e).to(tl.float32)
         from_q += tl.dot(given, tl.trans(start), input_precision=PRECISION)
         if PLAIN:
-            value = rows_of(v, row, here, V, e).to(tl.float32)
+            value = rows_of(v, row, real, V, e).to(tl.float32)
             from_k += tl.dot(value, tl.trans(end), input_precision=PRECISION)
         if READS:
             asked = rows_of(dr, n * C + i, i < C, V, e)
@@ -181,7 +181,7 @@ def key_grads(
     since, lag, until, across = chunk_decays(
         decay, segments, number, at_b, at_h, chunk, t, T, N, H, d, K, C, CHANNEL, LAG
     )
-    query = rows_of(q, row, here, K, d).to(tl.float32) * scale
+    query = rows_of(q, row, real, K, d).to(tl.float32) * scale
     key = rows_of(k, row, real, K, d).to(tl.float32)
     from_q *= since
     from_k *= until
@@ -189,7 +189,7 @@ def key_grads(
     late = tl.zeros((C, BK), tl.float32)
     kept = key * from_k
     if READS:
-        asks, along = readers(k, a, b, beta, row, here, real, K, d)
+        asks, along = readers(k, a, b, beta, row, real, K, d)
         from_a *= lag
         from_b *= until
         kept += along * from_b
@@ -289,7 +289,7 @@ def key_grads(
     at = row[:, None] * K + d[None, :]
     part = tl.program_id(1).to(tl.int64) * (tl.num_programs(0) // (tl.cdiv(N, C) * H)) * T * H + row
     if beta is not None:
-        rate = tl.load(beta + row, mask=here, other=0.0).to(tl.float32)
+        rate = tl.load(beta + row, mask=real, other=0.0).to(tl.float32)
         from_k = from_b - rate[:, None] * from_a
         tl.store(dbeta + part, -tl.sum(from_a * along, 1), mask=here)
     if LAG:

@@ -6,6 +6,7 @@ with recording on. When autograd records inside backward (gradients of gradients
 everything behind it is ordinary autograd.
 """
 
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -96,15 +97,16 @@ class Form:
     """One form of an op: the function itself, and the torch op made of it."""
 
     def __init__(self, name, run, fake, grad, saved, twice, differentiable, whole=False) -> None:
-        self.saved, self.run = saved, given_back(run)
+        self.run, self.saved = run, saved
         self.op = register(
             name, run, fake, grad=grad, saved=saved, twice=twice, differentiable=differentiable, whole=whole
         )
 
     def __call__(self, *args):
-        # Where nothing records and nothing is traced, as in a decode step, not the op: its dispatch costs more there
-        # than a small tensor's arithmetic.
+        # Where nothing records and nothing is traced, as in a decode step, the function itself: an op's dispatch costs
+        # more there than a small tensor's arithmetic. Autocast stays outside the op.
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        recorded = recorded or torch.is_autocast_enabled(args[0].device.type)
         outputs = (self.op if recorded else self.run)(*args)
         if not self.saved:
             return outputs
@@ -210,6 +212,7 @@ def recompute(form: Callable, args: Sequence, grads: Sequence[Tensor], needs: Se
 def given_back(form: Callable) -> Callable:
     """`form` outside autocast, and its outputs as an op may return them."""
 
+    @functools.wraps(form)
     def run(*args):
         with as_given():
             outputs = form(*args)

@@ -55,6 +55,7 @@ def _run(
 ) -> Tensor:
     if 0 in q.shape[:3]:
         return q.new_zeros(*q.shape[:3], v.shape[3])
+    q, k, v = (silence(x, numbers) for x in (q, k, v))
     extra = Extra(softcap, _per_group(slopes, k), _per_group(sinks, k))
     reach = _reach(q, past_k, length, positions, numbers, table, parents, window, causal, BLOCK, extra.none)
     keys, values = _line(past_k, k, reach, table), _line(past_v, v, reach, table)
@@ -62,7 +63,7 @@ def _run(
     for block in reach.blocks():
         parts = q[:, block.rows], keys[:, block.columns], values[:, block.columns], block
         outputs.append(_fused(*parts, scale) if extra.none else _written_out(*parts, reach, extra, scale))
-    return _silence(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), numbers)
+    return silence(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), numbers)
 
 
 def grad(args, outputs, grads, needs) -> list[Tensor]:
@@ -76,6 +77,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     )
     if 0 in q.shape[:3]:
         return [torch.zeros_like(x) for x, need in zip(args, needs, strict=True) if need]
+    q, k, v, dy = (silence(x, numbers) for x in (q, k, v, grads[0]))
     extra = Extra(cap, _per_group(slopes, k), _per_group(sinks, k))
     reach = _reach(q, past_k, length, positions, numbers, table, parents, window, causal, GRAD_BLOCK, extra.none)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -83,7 +85,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
         _line(p, x, reach, table).to(wide).transpose(1, 2).contiguous() for p, x in ((past_k, k), (past_v, v))
     )
     queries = _backwards(q.to(wide) * scale, keys.shape[1])
-    g = _backwards(_silence(grads[0], numbers).to(wide), keys.shape[1])
+    g = _backwards(dy.to(wide), keys.shape[1])
     dq, dkeys, dvalues = torch.zeros_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     dslopes, dsinks = (None if x is None else torch.zeros_like(x, dtype=wide) for x in (extra.slopes, extra.sinks))
     tokens = q.shape[1]
@@ -328,9 +330,9 @@ def _past_grad(past: Tensor, found: Tensor, reach: Reach, table: Tensor | None) 
     return whole.index_put_((pages, (slots % past.shape[1]).expand_as(pages)), found, accumulate=True)
 
 
-def _silence(y: Tensor, numbers: Tensor | None) -> Tensor:
-    """Zero at padding."""
-    return y if numbers is None else y.masked_fill((numbers < 0)[..., None, None], 0)
+def silence(x: Tensor, numbers: Tensor | None) -> Tensor:
+    """Zero at padding, whatever is there: a weight of 0 would keep its NaN."""
+    return x if numbers is None else x.masked_fill((numbers < 0)[..., None, None], 0)
 
 
 def _per_group(x: Tensor | None, k: Tensor) -> Tensor | None:

@@ -178,10 +178,10 @@ def _piece(
     if slopes is not None:
         slope = tl.load(slopes + head, mask=real, other=0.0)[:, None]
     q_line = row * q_b + token.to(tl.int64) * q_t + head * q_h
-    q_one = _wide(q, real, q_line, K if K < ONE else ONE, ONE)
+    q_one = _wide(q, own >= 0, q_line, K if K < ONE else ONE, ONE)
     q_two = q_one
     if TWO:
-        q_two = _wide(q + ONE, real, q_line, K - ONE, TWO)
+        q_two = _wide(q + ONE, own >= 0, q_line, K - ONE, TWO)
     acc = tl.zeros((BM, BV), tl.float32)
     m = tl.full((BM,), -float("inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -227,7 +227,8 @@ def _piece(
             theirs = tl.where(inside, 0, -1)
             if segments is not None:
                 theirs = tl.load(segments + row * T + column, mask=inside, other=-1).to(tl.int32)
-            sees = (own[:, None] == theirs[None, :]) & (theirs >= 0)[None, :]
+            inside = theirs >= 0
+            sees = (own[:, None] == theirs[None, :]) & inside[None, :]
             if CAUSAL:
                 sees = sees & (column[None, :] <= token[:, None])
             if tree is not None:

@@ -90,8 +90,8 @@ def _forward(
         q_in += row * T
         k_in += row * S
     columns = tile * BM + tl.arange(0, BM)
-    q_tile = read(q, columns, T, q_t, K, BK, True)
     at, inside = find(q_at, q_in, columns, T)
+    q_tile = read(q, columns, inside >= 0, q_t, K, BK, True)
     slope = 0.0
     if slopes is not None:
         slope = tl.load(slopes + head)
@@ -132,12 +132,12 @@ def _gather(
 ):  # fmt: skip
     for tile in range(begin, end):
         columns = tile * BN + tl.arange(0, BN)
-        k_tile = read(k, columns, S, k_s, K, BK, MASKED)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        near = s
+        near, real = columns, columns
         if MASKED or SLOPED:
             other, theirs = find(k_at, k_in, columns, S)
-            near = at[:, None] - other[None, :]
+            near, real = at[:, None] - other[None, :], theirs >= 0
+        k_tile = read(k, columns, real, k_s, K, BK, MASKED)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         s, _ = logits(s, near, slope, scale, CAP, SLOPED, CAUSAL)
         if MASKED:
             s = tl.where(visible(near, inside[:, None], theirs[None, :], WINDOW, CAUSAL), s, -float("inf"))
@@ -148,7 +148,7 @@ def _gather(
         p = tl.exp2(s - base[:, None])
         shrink = tl.exp2(m - base)
         total = total * shrink + tl.sum(p, 1)
-        v_tile = read(v, columns, S, v_s, V, BV, MASKED)
+        v_tile = read(v, columns, real, v_s, V, BV, MASKED)
         acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
         m = larger
     return acc, m, total

@@ -129,8 +129,8 @@ def _backward_queries(
     delta += pair.to(tl.int64) * T
     columns = tile * BM + tl.arange(0, BM)
     at, inside = find(q_at, q_in, columns, T)
-    q_tile = read(q, columns, T, q_t, K, BK, True)
-    g_tile = read(dy + row * g_b + head * g_h, columns, T, g_t, V, BV, True)
+    q_tile = read(q, columns, inside >= 0, q_t, K, BK, True)
+    g_tile = read(dy + row * g_b + head * g_h, columns, inside >= 0, g_t, V, BV, True)
     base = _base(lse, columns, T)
     slope = 0.0
     if slopes is not None:
@@ -187,13 +187,13 @@ def _to_queries(
     """What tiles of keys add to dq, and beside it to the slope's gradient; or if FALL to fall and mass."""
     for tile in range(begin, end):
         columns = tile * BN + tl.arange(0, BN)
-        k_tile = read(k, columns, S, k_s, K, BK, MASKED)
-        v_tile = read(v, columns, S, v_s, V, BV, MASKED)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        near = s
+        near, real = columns, columns
         if MASKED or SLOPED:
             other, theirs = find(k_at, k_in, columns, S)
-            near = at[:, None] - other[None, :]
+            near, real = at[:, None] - other[None, :], theirs >= 0
+        k_tile = read(k, columns, real, k_s, K, BK, MASKED)
+        v_tile = read(v, columns, real, v_s, V, BV, MASKED)
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         s, bend = logits(s, near, slope, scale, CAP, SLOPED, CAUSAL)
         p = tl.exp2(s - base[:, None])
         if MASKED:
@@ -229,8 +229,8 @@ def _backward_keys(
         k_in += row * S
     columns = tile * BN + tl.arange(0, BN)
     at, inside = find(k_at, k_in, columns, S)
-    k_tile = read(k + row * k_b + group * k_g, columns, S, k_s, K, BK, True)
-    v_tile = read(v + row * v_b + group * v_g, columns, S, v_s, V, BV, True)
+    k_tile = read(k + row * k_b + group * k_g, columns, inside >= 0, k_s, K, BK, True)
+    v_tile = read(v + row * v_b + group * v_g, columns, inside >= 0, v_s, V, BV, True)
     of_k, of_v = tl.zeros((BN, BK), tl.float32), tl.zeros((BN, BV), tl.float32)
     first, whole, cut, last = queries_of(schedule, row, tile, T, S, BM, BN, WINDOW, CAUSAL)
     for i in range(RATIO):
@@ -272,14 +272,14 @@ def _to_keys(
 ):  # fmt: skip
     for tile in range(begin, end):
         columns = tile * BM + tl.arange(0, BM)
-        q_tile = read(q, columns, T, q_t, K, BK, MASKED)
-        g_tile = read(dy, columns, T, g_t, V, BV, MASKED)
-        base, fall = _base(lse, columns, T), tl.load(delta + columns, mask=columns < T, other=0.0)
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
-        near = s
+        near, real = columns, columns
         if MASKED or SLOPED:
             other, theirs = find(q_at, q_in, columns, T)
-            near = other[None, :] - at[:, None]
+            near, real = other[None, :] - at[:, None], theirs >= 0
+        q_tile = read(q, columns, real, q_t, K, BK, MASKED)
+        g_tile = read(dy, columns, real, g_t, V, BV, MASKED)
+        base, fall = _base(lse, columns, T), tl.load(delta + columns, mask=columns < T, other=0.0)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
         s, bend = logits(s, near, slope, scale, CAP, SLOPED, CAUSAL)
         p = tl.exp2(s - base[None, :])
         if MASKED:

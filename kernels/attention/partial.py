@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import op
+from kernels.attention.chunked import silence
 
 BLOCK = 256  # queries whose weights exist at one time, in plain torch
 
@@ -46,7 +47,8 @@ def attend(
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
     y_BTHV = q_BTHK.new_zeros(rows, tokens, heads, v_BSGV.shape[3], dtype=wide)
     lse_BTH = q_BTHK.new_full((rows, tokens, heads), -torch.inf, dtype=wide)
-    q, k, v = _grouped(q_BTHK, k_BSGK.shape[2], wide), k_BSGK.to(wide).transpose(1, 2), v_BSGV.to(wide).transpose(1, 2)
+    q = _grouped(silence(q_BTHK, q_segments_BT), k_BSGK.shape[2], wide)
+    k, v = (silence(x, k_segments_BS).to(wide).transpose(1, 2) for x in (k_BSGK, v_BSGV))
     for queries, keys, sees in _blocks(places, window, causal):
         logits = _logits(q[:, :, queries], k[:, :, keys], sees, scale)
         top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
@@ -88,9 +90,9 @@ def attend_grad(
         return found[:3]
     groups = k_BSGK.shape[2]
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
-    q, g = (_grouped(x, groups, wide) for x in (q_BTHK, dy_BTHV))
+    q, g = (_grouped(silence(x, q_segments_BT), groups, wide) for x in (q_BTHK, dy_BTHV))
     lse, delta = (_grouped(x[..., None], groups, wide) for x in (lse_BTH, delta_BTH))
-    k, v = (x.to(wide).transpose(1, 2) for x in (k_BSGK, v_BSGV))
+    k, v = (silence(x, k_segments_BS).to(wide).transpose(1, 2) for x in (k_BSGK, v_BSGV))
     dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for queries, keys, sees in _blocks(places, window, causal, reverse=True):
         # The last query first: see `chunked._backwards`.

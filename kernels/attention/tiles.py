@@ -160,12 +160,12 @@ def queries_of(
 
 
 @triton.jit
-def read(x, at, limit, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, BOUND: tl.constexpr):
-    """Lines `at` of a (.., SIZE) tensor, as (.., BLOCK); those from `limit` on are zero if BOUND."""
+def read(x, at, real, stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, BOUND: tl.constexpr):
+    """Lines `at` of a (.., SIZE) tensor, as (.., BLOCK); those that are not `real` are zero if BOUND."""
     d = tl.arange(0, BLOCK)
     place = x + at.to(tl.int64)[:, None] * stride + d[None, :]
     if BOUND:
-        return tl.load(place, mask=(at < limit)[:, None] & (d < SIZE)[None, :], other=0.0)
+        return tl.load(place, mask=real[:, None] & (d < SIZE)[None, :], other=0.0)
     if SIZE != BLOCK:
         return tl.load(place, mask=(d < SIZE)[None, :], other=0.0)
     return tl.load(place)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import op
+from kernels.attention.chunked import silence
 from kernels.block_sparse_attention.places import once, places
 
 GATHERED = 2**22  # channels of keys and values that exist at one time
@@ -24,6 +25,7 @@ def chunked(
     block: int,
 ) -> Tensor:
     """y (B, T, H, V); as `reference`."""
+    q_BTHK = silence(q_BTHK, segments_BT)
     args = (q_BTHK, k_BTGK, v_BTGV, past_k, past_v, length_B, positions_BT, segments_BT, table_BN, blocks_BTGN)
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
     groups = k_BTGK.shape[2]

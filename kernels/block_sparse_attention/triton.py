@@ -191,7 +191,7 @@ def _forward(
             start, here = start - known, here + known
         else:
             known = tl.where(tl.load(own + row * T + token) == 0, known, 0)
-    q_tile = read(q + row * q_b + token * q_t, head, (group + 1) * RATIO, q_h, K, BK, True)
+    q_tile = read(q + row * q_b + token * q_t, head, head < (group + 1) * RATIO, q_h, K, BK, True)
     acc = tl.zeros((BR, BV), tl.float32)
     m = tl.full((BR,), -float("inf"), tl.float32)
     total = tl.zeros((BR,), tl.float32)
@@ -243,8 +243,8 @@ def _backward_queries(
     row, token, group = program // groups // T, program // groups % T, program % groups
     head, real, line = _head_lines(row * T + token, group, T, groups, RATIO, BR)
     start, here = _find(base, at, own, row, token, T)
-    q_tile = read(q + row * q_b + token * q_t, head, (group + 1) * RATIO, q_h, K, BK, True)
-    g_tile = read(dy + row * g_b + token * g_t, head, (group + 1) * RATIO, g_h, V, BV, True)
+    q_tile = read(q + row * q_b + token * q_t, head, head < (group + 1) * RATIO, q_h, K, BK, True)
+    g_tile = read(dy + row * g_b + token * g_t, head, head < (group + 1) * RATIO, g_h, V, BV, True)
     top = tl.load(lse + line, mask=real, other=float("inf"))
     acc = tl.zeros((BR, BK), tl.float32)
     mean, mass = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.float32)

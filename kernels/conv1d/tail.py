@@ -32,14 +32,14 @@ def take(x_BTD: Tensor, state_BWD: Tensor | None, place: Tensor, valid: Tensor) 
     """The tails (B, keep+1, W-1, D) at those places; 0 where not valid."""
     (rows, moments, reach), size = place.shape, x_BTD.shape[2]
     shape = (rows, moments * reach, size)
-    at = place.reshape(rows, -1, 1)
+    at = place.flatten(1)[..., None]
     tails = x_BTD.new_zeros(shape) if x_BTD.shape[1] == 0 else x_BTD.gather(1, (at - reach).clamp(0).expand(shape))
     if reach:
         tails = torch.where(at < reach, 0, tails)
         if state_BWD is not None:
             old = state_BWD.to(x_BTD.dtype).gather(1, at.clamp(max=reach - 1).expand(shape))
             tails = torch.where(at < reach, old, tails)
-    return torch.where(valid.reshape(rows, -1, 1), tails, 0).view(rows, moments, reach, size)
+    return torch.where(valid.flatten(1)[..., None], tails, 0).view(rows, moments, reach, size)
 
 
 def give(dmoments: Tensor, place: Tensor, valid: Tensor, dx_BTD: Tensor, dstate_BWD: Tensor) -> None:
@@ -47,8 +47,8 @@ def give(dmoments: Tensor, place: Tensor, valid: Tensor, dx_BTD: Tensor, dstate_
     rows, _, reach = place.shape
     if not reach:
         return
-    at = place.reshape(rows, -1, 1)
-    g = torch.where(valid.reshape(rows, -1, 1), dmoments.reshape(rows, -1, dx_BTD.shape[2]), 0)
+    at = place.flatten(1)[..., None]
+    g = torch.where(valid.flatten(1)[..., None], dmoments.reshape(at.shape[0], at.shape[1], -1), 0)
     if dx_BTD.shape[1]:
         late = (g * (at >= reach)).to(dx_BTD.dtype)
         dx_BTD.scatter_add_(1, (at - reach).clamp(0).expand(g.shape), late)

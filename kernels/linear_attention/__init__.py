@@ -67,6 +67,8 @@ def linear_attention(
     y, state = _op(q_BTHK, k_BTHK, wide, decay, state_BHKV, segments_BT, float(scale), keep)
     y, divisor = y.split([v_BTHV.shape[3], 1], -1)
     if floor_BTH is not None:
+        if segments_BT is not None:
+            floor_BTH = floor_BTH.masked_fill((segments_BT < 0)[..., None], 0)
         divisor = torch.maximum(divisor.abs(), floor_BTH[..., None].to(divisor.dtype))
     empty = divisor == 0
     y = torch.where(empty, 0, y / torch.where(empty, 1, divisor))

@@ -105,7 +105,7 @@ class Ring:
 
     def _sees(self, queries: int, keys: int, size: int) -> bool:
         near = (queries - keys) * size  # between tokens of equal places; others differ by less than `size`
-        return not (self.causal and near < 0) and not (self.window and near - size + 1 >= self.window)
+        return not (self.causal and near < 0) and not (self.window and near - max(size, 1) + 1 >= self.window)
 
     def places(self, rank: int, columns: slice, like: Tensor) -> Tensor:
         """Positions (B, n) of a rank's columns."""

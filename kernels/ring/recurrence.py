@@ -53,6 +53,7 @@ def ring_recurrence(
     rule, group = RULES[run], exchange.name_of(NAME, group)
     if segments_BT is not None:
         check.segments(NAME, segments_BT, *args[1].shape[:2])
+        check.device(NAME, "segments_BT", segments_BT, args[1])
         carried_B1 = _carried(segments_BT, group)[:, None]
         segments_BT = torch.where(segments_BT < 0, -1, segments_BT - carried_B1)
     transition, offset, finish = rule.affine(run, args, segments_BT, keep, options)

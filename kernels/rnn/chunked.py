@@ -102,7 +102,10 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
 def _scan(x_BTGU: Tensor, state_BSU: Tensor | None, segments_BT: Tensor | None, cell: str, keep: int):
     """A cell that is linear in its state, without a loop over time."""
     wide = torch.promote_types(x_BTGU.dtype, torch.float32)
-    decay_BTU, given_BTU = LINEAR[cell](x_BTGU.to(wide).unbind(2))
+    x = x_BTGU.to(wide)
+    if segments_BT is not None:  # so that autograd meets no NaN at padding
+        x = x.masked_fill((segments_BT < 0)[..., None, None], 0)
+    decay_BTU, given_BTU = LINEAR[cell](x.unbind(2))
     carried = None if state_BSU is None else state_BSU[:, 0]
     y_BTU, after = diagonal_scan(given_BTU, decay_BTU, carried, segments_BT, keep)
     return y_BTU.to(x_BTGU.dtype), after[..., None, :], x_BTGU.new_empty(0, dtype=wide)

@@ -114,6 +114,7 @@ def _scans(a, b, m, k, v, decay, bonus, begins, real) -> tuple[Tensor, Tensor]:
     slope = decay.expand_as(k)
     given = k
     if real is not None:
+        k, v = torch.where(real, k, 0), torch.where(real, v, 0)
         slope = torch.where(real, slope, 0).masked_fill(begins, FRESH)
         given = torch.where(real, k, FRESH)
     with torch.no_grad():

@@ -158,3 +158,15 @@ def test_names():
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     assert op.FORM in op.FORMS
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_autocast_changes_nothing_inside(grad):
+    """The types of an op's products are those of its arguments, also where autocast would narrow them."""
+    q, k, v = (torch.randn(1, 40, 2, 16) for _ in range(3))
+    with torch.set_grad_enabled(grad):
+        want = kernels.linear_attention(q, k, v)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = kernels.linear_attention(q, k, v)
+    for ours, plain in zip(found, want, strict=True):
+        assert torch.equal(ours, plain)
