@@ -41,15 +41,16 @@ def chunked(
 
 def grad(args, outputs, grads, needs) -> list[Tensor]:
     """A part at a time as forward, what its keys get being added where they came from; a past leaves it to autograd."""
-    q_BTHK, k_BTGK, v_BTGV, past_k, _, _, _, _, table, _, scale, block = args
+    q_BTHK, k_BTGK, v_BTGV, past_k, _, _, _, segments_BT, table, _, scale, block = args
     if past_k is not None:
         return op.recompute(chunked, args, grads, needs, again=False)
+    q_BTHK, dy = silence(q_BTHK, segments_BT), silence(grads[0], segments_BT)
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
     groups = k_BTGK.shape[2]
     keys, values = (_line(None, x, table, wide) for x in (k_BTGK, v_BTGV))
     dq, dkeys, dvalues = torch.zeros_like(q_BTHK, dtype=wide), torch.zeros_like(keys), torch.zeros_like(values)
     for part, column, sees in _parts(*args[:-2], block):
-        q, g = (x[:, part].to(wide).unflatten(2, (groups, -1)).transpose(1, 2) for x in (q_BTHK, grads[0]))
+        q, g = (x[:, part].to(wide).unflatten(2, (groups, -1)).transpose(1, 2) for x in (q_BTHK, dy))
         k = _gather(keys, column, sees)
         weights = _weights(q, k, sees, scale)
         found = g @ _gather(values, column, sees).transpose(-1, -2)

@@ -48,7 +48,8 @@ def give(dmoments: Tensor, place: Tensor, valid: Tensor, dx_BTD: Tensor, dstate_
     if not reach:
         return
     at = place.flatten(1)[..., None]
-    g = torch.where(valid.flatten(1)[..., None], dmoments.reshape(at.shape[0], at.shape[1], -1), 0)
+    moments = dmoments.reshape(*at.shape[:2], dx_BTD.shape[2])
+    g = torch.where(valid.flatten(1)[..., None], moments, 0)
     if dx_BTD.shape[1]:
         late = (g * (at >= reach)).to(dx_BTD.dtype)
         dx_BTD.scatter_add_(1, (at - reach).clamp(0).expand(g.shape), late)

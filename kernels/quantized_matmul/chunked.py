@@ -23,7 +23,9 @@ def chunked(
     if narrow and bits == 8 and group == dim and zeros_FG is None and not dim % 32:  # else it reads past the end
         scales_F = scales_FG[:, 0].to(x_ND.dtype)
         return torch.ops.aten._weight_int8pack_mm(x_ND.contiguous(), packed_FP.contiguous(), scales_F)
-    if narrow and bits == 4 and group in (32, 64, 128, 256) and not rows % 16:
+    # Tensors made in inference mode do not say when they change, so that no layout of theirs can be kept.
+    counted = not any(x is not None and x.is_inference() for x in (packed_FP, scales_FG, zeros_FG))
+    if narrow and bits == 4 and group in (32, 64, 128, 256) and not rows % 16 and counted:
         layout, scales_GF2 = _layout(packed_FP, scales_FG, zeros_FG)
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x_ND.contiguous(), layout, group, scales_GF2)
     wide = torch.promote_types(x_ND.dtype, torch.float32)

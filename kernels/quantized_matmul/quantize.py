@@ -26,6 +26,8 @@ def quantize(
     )
     low = -(2 ** (bits - 1)) if bits == 8 else 0
     most, tiny = 2**bits - 1, torch.finfo(weight_FD.dtype).tiny
+    if weight_FD.dtype == torch.float16:
+        tiny *= torch.finfo(torch.float16).eps  # the smallest of all: common weights have scales below the normal ones
     if symmetric:
         scale = (wide_FGS.abs().amax(2, keepdim=True) / (most // 2)).clamp(min=tiny)
         zero = torch.full_like(scale, SYMMETRIC[bits])

@@ -13,11 +13,12 @@ def chunked(
     logits_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
     score_NE = logits_NE.sigmoid() if score == "sigmoid" else logits_NE.softmax(1)
     biased_NE = score_NE if bias_E is None else score_NE + bias_E.to(score_NE.dtype)
-    # What is closed or taken is -inf, below any expert that is open.
-    choice_NE = (logits_NE if bias_E is None else biased_NE).clamp(min=torch.finfo(logits_NE.dtype).min)
+    # What is closed or taken is -inf, below all others: a bias may be -inf.
+    lowest = torch.finfo(logits_NE.dtype).min
+    choice_NE = (logits_NE if bias_E is None else biased_NE).clamp(min=lowest)
     if best < groups:
         grouped_NGE = biased_NE.unflatten(1, (groups, -1))
-        closed_NG = grouped_NGE.topk(min(2, grouped_NGE.shape[2]), 2).values.sum(2)
+        closed_NG = grouped_NGE.topk(min(2, grouped_NGE.shape[2]), 2).values.sum(2).clamp_(min=lowest)
         _first(closed_NG, best)
         choice_NE.unflatten(1, (groups, -1)).masked_fill_((closed_NG > -torch.inf)[..., None], -torch.inf)
     experts_Nk = _first(choice_NE, k)

@@ -82,11 +82,12 @@ def _forward(
     m = tl.load(states + at + 2 * D, mask=inside, other=0.0)
     for t in range(0, tokens):
         place = (row * tokens + t) * D + d
-        which = 0
+        real = inside
         if kind is not None:
             which = tl.load(kind + row * tokens + t).to(tl.int32)
-        kt = tl.load(k + place, mask=inside & (which != 2), other=0.0).to(tl.float32)
-        vt = tl.load(v + place, mask=inside & (which != 2), other=0.0).to(tl.float32)
+            real = inside & (which != 2)
+        kt = tl.load(k + place, mask=real, other=0.0).to(tl.float32)
+        vt = tl.load(v + place, mask=real, other=0.0).to(tl.float32)
         if kind is not None:
             a = tl.where(which == 1, 0.0, a)
             b = tl.where(which == 1, 0.0, b)
@@ -127,12 +128,13 @@ def _backward(
     for back in range(0, tokens):
         t = tokens - 1 - back
         place = (row * tokens + t) * D + d
-        which = 0
+        real = inside
         if kind is not None:
             which = tl.load(kind + row * tokens + t).to(tl.int32)
-        kt = tl.load(k + place, mask=inside & (which != 2), other=0.0).to(tl.float32)
-        vt = tl.load(v + place, mask=inside & (which != 2), other=0.0).to(tl.float32)
-        g = tl.load(dy + place, mask=inside & (which != 2), other=0.0).to(tl.float32)
+            real = inside & (which != 2)
+        kt = tl.load(k + place, mask=real, other=0.0).to(tl.float32)
+        vt = tl.load(v + place, mask=real, other=0.0).to(tl.float32)
+        g = tl.load(dy + place, mask=real, other=0.0).to(tl.float32)
         at = (row * (tokens + 1) + t) * 3 * D + d
         a = tl.load(states + at, mask=inside, other=0.0)
         b = tl.load(states + at + D, mask=inside, other=1.0)
