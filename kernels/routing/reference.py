@@ -16,6 +16,7 @@ def reference(
         biased_NE = score_NE if bias_E is None else score_NE + bias_E.to(score_NE.dtype)
         # Without a bias logits choose as scores would, but that scores can be rounded to the same number.
         choice_NE = logits_NE if bias_E is None else biased_NE
+        choice_NE = choice_NE.clamp(min=torch.finfo(choice_NE.dtype).min)  # a bias of -inf is above closed groups
         if best < groups:
             two_NG2 = biased_NE.unflatten(1, (groups, -1)).sort(dim=2, descending=True).values[..., :2]
             closed_NG = two_NG2.sum(2).sort(dim=1, descending=True, stable=True).indices[:, best:]

@@ -82,13 +82,13 @@ def _forward(
     m = tl.load(states + at + 2 * D, mask=inside, other=0.0)
     for t in range(0, tokens):
         place = (row * tokens + t) * D + d
-        real = inside
+        which = 0
         if kind is not None:
             which = tl.load(kind + row * tokens + t).to(tl.int32)
-            real = inside & (which != 2)
-        kt = tl.load(k + place, mask=real, other=0.0).to(tl.float32)
-        vt = tl.load(v + place, mask=real, other=0.0).to(tl.float32)
+        kt = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+        vt = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
         if kind is not None:
+            kt, vt = tl.where(which == 2, 0.0, kt), tl.where(which == 2, 0.0, vt)
             a = tl.where(which == 1, 0.0, a)
             b = tl.where(which == 1, 0.0, b)
             m = tl.where(which == 1, FRESH, m)
@@ -128,18 +128,18 @@ def _backward(
     for back in range(0, tokens):
         t = tokens - 1 - back
         place = (row * tokens + t) * D + d
-        real = inside
+        which = 0
         if kind is not None:
             which = tl.load(kind + row * tokens + t).to(tl.int32)
-            real = inside & (which != 2)
-        kt = tl.load(k + place, mask=real, other=0.0).to(tl.float32)
-        vt = tl.load(v + place, mask=real, other=0.0).to(tl.float32)
-        g = tl.load(dy + place, mask=real, other=0.0).to(tl.float32)
+        kt = tl.load(k + place, mask=inside, other=0.0).to(tl.float32)
+        vt = tl.load(v + place, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
         at = (row * (tokens + 1) + t) * 3 * D + d
         a = tl.load(states + at, mask=inside, other=0.0)
         b = tl.load(states + at + D, mask=inside, other=1.0)
         m = tl.load(states + at + 2 * D, mask=inside, other=0.0)
         if kind is not None:
+            kt, vt, g = tl.where(which == 2, 0.0, kt), tl.where(which == 2, 0.0, vt), tl.where(which == 2, 0.0, g)
             a = tl.where(which == 1, 0.0, a)
             b = tl.where(which == 1, 0.0, b)
             m = tl.where(which == 1, FRESH, m)
