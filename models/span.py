@@ -15,13 +15,17 @@ from torch import Tensor
 class Span:
     """B rows, T tokens.
 
-    positions_BT: index of each token in its document, int64. Position 0 starts from fresh state.
+    positions_BT: index of each token in its document, int64: where it is stored. Position 0 starts from fresh state.
+    places_BTA:   where position schemes take the tokens to stand when that is not their index: (B, T), or (B, T, axes)
+                  for time, height and width; None: positions_BT.
     ids_BT:       token ids, for parts that look them up again; None when the caller starts from embeddings.
     segments_BT:  0 continues the carried document, n is the n-th document begun in this call, -1 is padding, which
                   writes nothing. None: no padding, and no document begins after the first column.
     length_B:     tokens of the carried document before this call, int64; None when nothing is carried.
     keep:         fixed-size state also returns its value before the last `keep` columns and after each of them.
     shared:       what lower layers of this call hand to higher ones, name -> (B, T, ...); a layer may add to it.
+    losses:       auxiliary losses, weighted, that parts add in training; the decoder adds them to its own.
+    metrics:      scalars that parts log, detached, averaged over those of one name.
     """
 
     positions_BT: Tensor
@@ -30,11 +34,24 @@ class Span:
     length_B: Tensor | None = None
     keep: int = 0
     shared: dict[str, Tensor] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    metrics: dict[str, list[Tensor]] = field(default_factory=dict)
+    places_BTA: Tensor | None = None
 
     @property
     def valid_BT(self) -> Tensor | None:
         """True where a token is real; None when all are."""
         return None if self.segments_BT is None else self.segments_BT >= 0
+
+    @property
+    def places(self) -> Tensor:
+        """Where the tokens stand for position schemes: (B, T), or (B, T, axes)."""
+        return self.positions_BT if self.places_BTA is None else self.places_BTA
+
+    def log(self, **values: Tensor) -> None:
+        """Add scalars to the metrics of this call."""
+        for name, value in values.items():
+            self.metrics.setdefault(name, []).append(value.detach())
 
     def column(self, t: int) -> "Span":
         """The span of column t alone, for code that walks tokens one by one and carries the state between them.
@@ -55,6 +72,7 @@ class Span:
             length_B=positions_B1[:, 0],
             keep=0,
             shared={name: value[:, t : t + 1] for name, value in self.shared.items()},
+            places_BTA=None if self.places_BTA is None else self.places_BTA[:, t : t + 1],
         )
 
 

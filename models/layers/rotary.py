@@ -7,18 +7,18 @@ are computed in fp32 at each call: a table kept as a buffer would be rounded whe
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import rope, rope_angles
+from models.layers.position import Position
+from models.stateful import Place
 
 
-class Rotary(nn.Module):
-    """A scheme of positions for heads of `dim` channels, of which the first `fraction` turn."""
-
-    family = "positions"
+class Rotary(Position):
+    """Of a head's `dim` channels the first `fraction` turn."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(Position.Config):
         """theta: base of the frequencies. fraction: share of a head's channels that turn."""
 
         theta: float = 10000.0
@@ -26,11 +26,11 @@ class Rotary(nn.Module):
 
     amplitude = 1.0  # of the turned channels, which scales the attention logits by its square
 
-    def __init__(self, config: Config, dim: int) -> None:
-        super().__init__()
+    def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
+        super().__init__(config, dim, heads, place)
         if config.theta <= 0:
             raise ValueError(f"positions: theta={config.theta} must be above 0")
-        self.config, self.turned = config, int(dim * config.fraction)
+        self.turned = int(dim * config.fraction)
         if self.turned % 2 or not 0 < self.turned <= dim:
             raise ValueError(
                 f"positions: {self.turned} of {dim} channels of a head turn; it must be an even number from 2 to {dim}"
@@ -44,9 +44,14 @@ class Rotary(nn.Module):
         """2i / K of each pair, fp32."""
         return torch.arange(0, self.turned, 2, device=device, dtype=torch.float32) / self.turned
 
-    def forward(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
-        """x (B, T, H, K) turned to its positions; dtype of x."""
-        angle_BTR = rope_angles(positions_BT, self.frequency(positions_BT))
+    def angles(self, places: Tensor) -> Tensor:
+        """Radians of each pair, (B, T, K/2) fp32."""
+        if places.dim() != 2:
+            raise ValueError(f"positions: {type(self).__name__} has one axis, the tokens stand on {places.shape[-1]}")
+        return rope_angles(places, self.frequency(places))
+
+    def forward(self, x_BTHK: Tensor, places: Tensor) -> Tensor:
+        angle_BTR = self.angles(places)
         cos, sin = angle_BTR.cos(), angle_BTR.sin()
         if self.amplitude != 1:
             cos, sin = cos * self.amplitude, sin * self.amplitude

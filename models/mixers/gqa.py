@@ -49,7 +49,7 @@ class GQA(Stateful):
         self.config = config
         self.head_dim = config.head_dim or place.dim // config.heads
         positions, positions_config = parse_part(config.positions, "position")
-        self.positions = positions(positions_config, self.head_dim)
+        self.positions = positions(positions_config, self.head_dim, config.heads, place)
         self.causal = config.mask == "causal"
         self.wqkv = nn.Linear(place.dim, (config.heads + 2 * config.kv_heads) * self.head_dim, bias=config.bias)
         self.wo = nn.Linear(config.heads * self.head_dim, place.dim, bias=config.bias)
@@ -65,8 +65,8 @@ class GQA(Stateful):
         c = self.config
         heads_BTHK = self.wqkv(x_BTD).unflatten(-1, (c.heads + 2 * c.kv_heads, self.head_dim))
         q_BTHK, k_BTGK, v_BTGK = heads_BTHK.split([c.heads, c.kv_heads, c.kv_heads], 2)
-        q_BTHK = self.positions(self.q_norm(q_BTHK), at.positions_BT)
-        k_BTGK = self.positions(self.k_norm(k_BTGK), at.positions_BT)
+        q_BTHK = self.positions.query(self.q_norm(q_BTHK), at)
+        k_BTGK = self.positions.key(self.k_norm(k_BTGK), at)
         view, state = append(state, at, k=k_BTGK, v=v_BTGK)
         y_BTHK = kernels.attention(q_BTHK, view, window=c.window, mask=c.mask)
         return self.wo(y_BTHK.flatten(2)), state

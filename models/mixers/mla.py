@@ -41,7 +41,7 @@ class MLA(Stateful):
         at_least(config, heads=1, latent=1, nope_dim=1, rope_dim=2, value_dim=1)
         c = self.config = config
         positions, positions_config = parse_part(c.positions, "position")
-        self.positions = positions(positions_config, c.rope_dim)
+        self.positions = positions(positions_config, c.rope_dim, c.heads, place)
         width = c.heads * (c.nope_dim + c.rope_dim)
         if c.query_latent:
             self.wq_down = nn.Linear(place.dim, c.query_latent, bias=False)
@@ -59,10 +59,10 @@ class MLA(Stateful):
         c = self.config
         q_BTD = self.wq(self.q_norm(self.wq_down(x_BTD)) if c.query_latent else x_BTD)
         nope_BTHK, rope_BTHK = q_BTD.unflatten(-1, (c.heads, -1)).split([c.nope_dim, c.rope_dim], -1)
-        rope_BTHK = self.positions(rope_BTHK, at.positions_BT)
+        rope_BTHK = self.positions.query(rope_BTHK, at)
         c_BTK, r_BTK = self.wc(x_BTD).split([c.latent, c.rope_dim], -1)
         c_BTK = self.c_norm(c_BTK)
-        r_BT1K = self.positions(r_BTK[:, :, None], at.positions_BT)
+        r_BT1K = self.positions.key(r_BTK[:, :, None], at)
         up_k_HKN, up_v_HVN = self.up.split([c.nope_dim, c.value_dim], 1)
         scale = (c.nope_dim + c.rope_dim) ** -0.5
         view, state = append(state, at, latent=torch.cat([c_BTK[:, :, None], r_BT1K], -1))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.layers.rotary import Rotary
+from models.stateful import Place
 
 
 class LongRoPE(Rotary):
@@ -28,8 +29,8 @@ class LongRoPE(Rotary):
         def tiny(cls) -> "LongRoPE.Config":
             return cls(original=8)
 
-    def __init__(self, config: Config, dim: int) -> None:
-        super().__init__(config, dim)
+    def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
+        super().__init__(config, dim, heads, place)
         self.amplitude = config.amplitude
         for name, factors in (("short", config.short), ("long", config.long)):
             if len(factors) not in (1, self.turned // 2):

@@ -2,18 +2,10 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from models.layers.position import Position
 
 
-class NoPE(nn.Module):
-    family = "positions"
-
+class NoPE(Position):
     @dataclass(frozen=True)
-    class Config:
+    class Config(Position.Config):
         """No options."""
-
-    def __init__(self, config: Config, dim: int) -> None:
-        super().__init__()
-
-    def forward(self, x_BTHK: Tensor, positions_BT: Tensor) -> Tensor:
-        return x_BTHK

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from models.layers.rotary import Rotary
+from models.stateful import Place
 
 
 class RoPE(Rotary):
@@ -19,10 +20,10 @@ class RoPE(Rotary):
 
         factor: float = 1.0
 
-    def __init__(self, config: Config, dim: int) -> None:
+    def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
         if config.factor <= 0:
             raise ValueError(f"rope.factor={config.factor}: must be above 0")
-        super().__init__(config, dim)
+        super().__init__(config, dim, heads, place)
 
     def frequency(self, positions_BT: Tensor) -> Tensor:
         return super().frequency(positions_BT) / self.config.factor

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from models.layers.rotary import Rotary
+from models.stateful import Place
 
 
 class YaRN(Rotary):
@@ -34,8 +35,8 @@ class YaRN(Rotary):
         def tiny(cls) -> "YaRN.Config":
             return cls(whole=False)
 
-    def __init__(self, config: Config, dim: int) -> None:
-        super().__init__(config, dim)
+    def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
+        super().__init__(config, dim, heads, place)
         self.amplitude = config.amplitude or (0.1 * math.log(config.factor) + 1 if config.factor > 1 else 1.0)
 
     def frequency(self, positions_BT: Tensor) -> Tensor:

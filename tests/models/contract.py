@@ -338,7 +338,7 @@ def decoder_around(cls, kind, options, layers=1):
     for layer, block in enumerate(decoder.blocks):
         place = registry_place(decoder, layer)
         if kind == "position":
-            block.mixer.positions = cls(config, block.mixer.head_dim)
+            block.mixer.positions = cls(config, block.mixer.head_dim, block.mixer.config.heads, place)
         else:
             setattr(block, kind, cls(config, place))
     return decoder
