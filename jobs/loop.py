@@ -23,6 +23,7 @@ from jobs.data.loader import Loader
 from jobs.engine import Engine, TorchEngine, sum_over_ranks, world
 from jobs.phases import Phases
 from jobs.record import HEADLINES, Recorder, read
+from models.stack import Stack
 
 EVAL_ROWS = 8  # of one forward; fixed, so that the sum is the same, bit for bit, on any number of ranks
 
@@ -57,7 +58,9 @@ def summary(run: Path, job: Job) -> Summary:
 def make_engine(job: Job, model: nn.Module, device: torch.device) -> Engine:
     """The job's engine around a model."""
     if job.checkpointing == "block":
-        model.recompute = True
+        for module in model.modules():
+            if isinstance(module, Stack):
+                module.recompute = True
     if tuple(model.phases()) != ("main",):
         return Phases(model, lambda phase: _engine_of(job, model, device, phase), device)
     return _engine_of(job, model, device, "main")

@@ -24,6 +24,15 @@ def parse_part(text: str, kind: str) -> tuple[type, Any]:
     return parts[0]
 
 
+def parse_decoder(text: str) -> tuple[type, dict[str, Any]]:
+    """`hybrid(layers=3)` -> (class, its options) of a decoder architecture: `decoder`, or a pattern's name."""
+    name, bracket, inside = text.partition("(")
+    cls = registry.lookup(name.strip())
+    if name.strip() != "decoder" and registry.kind_of(name.strip()) != "pattern" or inside[-1:] != ")"[: len(bracket)]:
+        raise ValueError(f"model {text!r}: write decoder or a pattern, as 'hybrid' or 'decoder(pattern=2*gqa)'")
+    return cls, _options(name, inside[:-1])
+
+
 def parse_pattern(text: str, kind: str) -> list[tuple[type, Any]]:
     """`3*gated_deltanet gqa` -> [(class, Config)] * 4, in order. ValueError names what is wrong."""
     parts, position = [], 0

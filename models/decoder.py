@@ -6,17 +6,18 @@ layer. `pattern` and `ffn` are tiled over the depth: `pattern="3*gated_deltanet 
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.block import Block, draw_linears, tile
 from models.config import parse_part
-from models.layers.norm import RMSNorm
+from models.layers import norm
+from models.layers.norm import Norm
 from models.model import Batch, Model
-from models.recompute import recomputed
 from models.span import Span, localize
-from models.state import DRAFT, Kept, Pages, State, TensorSpec, prefixed, scope
+from models.stack import Stack, draw_linears
+from models.state import DRAFT, Kept, Pages, State, TensorSpec
 from models.stateful import Place, Stateful
 
 
@@ -25,19 +26,26 @@ class Decoder(Model):
 
     family = "transformer"
     needs_memory = False
-    recompute = False  # set by a training job: blocks keep their inputs alone (activation checkpointing)
 
     @dataclass(frozen=True)
     class Config:
-        """pattern, ffn: parts tiled over `layers`. vocab: token classes. eps: of the norms. tied: head = embedding."""
+        """vocab: token classes. pattern, ffn, block: mixers, ffns and residual schemes, tiled over `layers`.
+
+        norm, eps: of all norms of the stream. scale: of the embedding. embedding_norm: it is normalised before the
+        first layer. tied: head = embedding.
+        """
 
         vocab: int = 256
         dim: int = 256
         layers: int = 4
         pattern: str = "gqa"
         ffn: str = "swiglu"
+        block: str = "norm_placement"
         head: str = "lm"
+        norm: Norm = "rms"
         eps: float = 1e-6
+        scale: float = 1.0
+        embedding_norm: bool = False
         tied: bool = False
 
         @classmethod
@@ -52,32 +60,35 @@ class Decoder(Model):
         head, head_config = parse_part(config.head, "head")
         self.config = config
         self.embedding = nn.Embedding(config.vocab, config.dim)
-        layers = tile(config.pattern, config.ffn, config.dim, config.layers, config.vocab)
-        self.blocks = nn.ModuleList(self.block(*layer) for layer in layers)
-        self.norm = RMSNorm(config.dim, config.eps)
-        self.head = head(head_config, Place(config.dim, config.layers, config.layers, config.vocab))
+        if config.embedding_norm:
+            self.embedding_norm = norm.make(config.norm, config.dim, config.eps)
+        self.blocks = self.stack(config)
+        self.norm = norm.make(config.norm, config.dim, config.eps)
+        self.head = head(
+            head_config, Place(config.dim, config.layers, config.layers, config.vocab, config.norm, config.eps)
+        )
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         draw_linears(self, config.layers)
         if config.tied:
             self.head.weight = self.embedding.weight
 
-    def block(self, mixer: Stateful, ffn: Stateful, place: Place) -> Block:
-        """One layer; patterns with other residual branches replace it."""
-        return Block(mixer, ffn, self.config.dim, self.config.eps)
+    @classmethod
+    def stack(cls, config: Config, **options: Any) -> Stack:
+        """The layers, which policies use too; patterns with other layers replace it. options: of `Stack`."""
+        c = config
+        return Stack(c.pattern, c.ffn, c.block, c.dim, c.layers, c.vocab, norm=c.norm, eps=c.eps, **options)
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property
     def causal(self) -> bool:
-        """Whether every mixer is; only then is this a language model."""
-        return all(block.mixer.causal for block in self.blocks)
+        """Whether every layer is; only then is this a language model."""
+        return self.blocks.causal
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
         """Every state tensor of a row: the document's `length` and id `segment`, then the layers', prefixed."""
-        spec = {"length": TensorSpec((), torch.int64), "segment": TensorSpec((), torch.int64)}
-        for layer, block in enumerate(self.blocks):
-            spec |= prefixed(str(layer), block.state_spec(max_len))
-        return spec
+        document = {"length": TensorSpec((), torch.int64), "segment": TensorSpec((), torch.int64)}
+        return document | self.blocks.state_spec(max_len)
 
     def init_state(self, rows: int, max_len: int, device: torch.device | None = None) -> State:
         """Fresh state of `rows` rows with room for documents of `max_len` tokens."""
@@ -95,29 +106,37 @@ class Decoder(Model):
         segments_BT: Tensor | None = None,
         keep: int = 0,
         shared: dict[str, Tensor] | None = None,
+        places_BTA: Tensor | None = None,
     ) -> tuple[Tensor, Span, State | None]:
         """Normed outputs of the last layer (B, T, D), the span they stand at, and the state after."""
-        at = replace(self._span(ids_BT, state, segments_BT, keep), shared=shared or {})
+        at = replace(self._span(ids_BT, state, segments_BT, keep), shared=shared or {}, places_BTA=places_BTA)
+        x_BTD = self.embed(ids_BT)
+        at.shared["embedding"] = x_BTD
+        x_BTD, after = self.blocks(x_BTD, at, state)
+        return self.norm(x_BTD), at, None if state is None else self._count(at, state, segments_BT) | after
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """What enters the first layer, (B, T, D)."""
         x_BTD = self.embedding(ids_BT)
-        after = None if state is None else self._count(at, state, segments_BT)
-        for layer, block in enumerate(self.blocks):
-            if self.recompute and after is None and torch.is_grad_enabled():
-                x_BTD = recomputed(block, x_BTD, at)
-                continue
-            x_BTD, block_state = block(x_BTD, at, scope(state, str(layer)))
-            if after is not None:
-                after |= prefixed(str(layer), block_state)
-        return self.norm(x_BTD), at, after
+        if self.config.scale != 1:  # a number of the weights' dtype, as the checkpoints that have one were trained
+            x_BTD = x_BTD * torch.tensor(self.config.scale, dtype=x_BTD.dtype, device=x_BTD.device)
+        return self.embedding_norm(x_BTD) if self.config.embedding_norm else x_BTD
 
     def logits(
-        self, ids_BT: Tensor, state: State | None = None, segments_BT: Tensor | None = None, keep: int = 0
+        self,
+        ids_BT: Tensor,
+        state: State | None = None,
+        segments_BT: Tensor | None = None,
+        keep: int = 0,
+        places_BTA: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Next-token logits (B, T, C) and the state after the call (None when none was given).
 
         ids_BT: int64 token ids. segments_BT: document ids >= 0, -1 for padding anywhere in a row; a change begins a
         new document. keep=k: the state can be committed by `models.state.select` after any of the last k tokens.
+        places_BTA: where position schemes take the tokens to stand, (B, T) or (B, T, axes); None: their positions.
         """
-        x_BTD, at, state = self.hidden(ids_BT, state, segments_BT, keep)
+        x_BTD, at, state = self.hidden(ids_BT, state, segments_BT, keep, places_BTA=places_BTA)
         return self.head(x_BTD, at)[0], state
 
     def forward(self, batch: Batch, phase: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
@@ -126,10 +145,20 @@ class Decoder(Model):
         return self.mean_loss(x_BTD, at, batch)
 
     def mean_loss(self, x_BTD: Tensor, at: Span, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of outputs `x_BTD` against the batch's targets, and what to log of it."""
+        """The loss of outputs `x_BTD` against the batch's targets, and what to log of it.
+
+        In training the losses that parts add (balance of a router, further heads) come on top of `loss`.
+        """
         losses_BT, _ = self.head(x_BTD, at, targets_BT=batch["targets_BT"])
         loss = losses_BT.sum() / self.weight(batch).clamp(min=1)
-        return loss, {"loss": loss.detach()}
+        metrics = {name: torch.stack(values).mean() for name, values in at.metrics.items()}
+        total = loss + torch.stack(at.losses).sum() if self.training and at.losses else loss
+        return total, {"loss": loss.detach()} | metrics
+
+    def after_step(self) -> None:
+        for part in self.modules():
+            if part is not self and isinstance(part, Stateful):
+                part.after_step()
 
     def weight(self, batch: Batch) -> Tensor:
         return (batch["targets_BT"] != -100).sum()

@@ -15,19 +15,28 @@ from typing import Any
 
 from torch import nn
 
+from models.stateful import Absent
+
 ROOT = Path(__file__).parent
 KINDS = {
     "mixers": "mixer",
     "ffn": "ffn",
+    "blocks": "block",
     "heads": "head",
     "positions": "position",
+    "scores": "score",
+    "caches": "cache",
     "patterns": "pattern",
+    "encoders": "encoder",
 }  # every other folder: module
-HOSTS = {
+HOSTS = {  # kind of a part -> the decoder's field that it is named in, and how
     "mixer": ("pattern", "{}"),
     "ffn": ("ffn", "{}"),
+    "block": ("block", "{}"),
     "head": ("head", "{}"),
     "position": ("pattern", "gqa(positions={})"),
+    "score": ("pattern", "gqa(scores={})"),
+    "cache": ("pattern", "gqa(cache={})"),
 }
 _INTERNAL = {"layers", "hub"}  # folders without architectures
 
@@ -47,7 +56,7 @@ def _files() -> dict[str, str]:
 
 
 def kind_of(name: str) -> str:
-    """mixer, ffn, head, position, pattern or module."""
+    """mixer, ffn, block, head, position, score, cache, pattern, encoder or module."""
     return KINDS.get(_files()[name].split(".")[1], "module")
 
 
@@ -75,7 +84,9 @@ def _unknown(name: str, known: list[str]) -> ValueError:
 
 
 def part(name: str, kind: str) -> type[nn.Module]:
-    """The class of a part of the given kind."""
+    """The class of a part of the given kind; `none` is no mixer, or no ffn."""
+    if name == "none" and kind in ("mixer", "ffn"):
+        return Absent
     if name not in _files():
         raise _unknown(name, names(kind=kind))
     cls = lookup(name)
@@ -105,23 +116,28 @@ def owner(config: Any) -> type[nn.Module]:
 def build(name: str, **overrides: Any) -> nn.Module:
     """A model by name: the tiny config, with `overrides`.
 
-    A mixer, ffn, head or position scheme is built inside a tiny `Decoder`; overrides that are fields of the decoder go
-    there, the rest to the part. ValueError names an unknown field and lists the known ones.
+    A part is built inside a tiny `Decoder`; overrides that are fields of the decoder go there, the rest to the part.
+    ValueError names an unknown field and lists the known ones.
     """
+    config = config_of(name, **overrides)
+    return owner(config)(config)
+
+
+def config_of(name: str, **overrides: Any) -> Any:
+    """The config that `build` builds."""
     from models.config import make_config, to_text
     from models.decoder import Decoder
 
     cls = lookup(name)
     if kind_of(name) not in HOSTS:
-        tiny = vars(cls.Config.tiny())
-        return cls(make_config(cls, {**tiny, **overrides}))
+        return make_config(cls, {**vars(cls.Config.tiny()), **overrides})
     of_decoder = {key: value for key, value in overrides.items() if key in Decoder.Config.__dataclass_fields__}
     options = {key: value for key, value in overrides.items() if key not in of_decoder}
     part = to_text(make_config(cls, {**tiny_options(cls), **options}))
     field, host = HOSTS[kind_of(name)]
     if field in of_decoder:
         raise ValueError(f"build({name!r}, {field}=...): {name} takes that place; build('decoder', ...) chooses both")
-    return Decoder(make_config(Decoder, {**vars(Decoder.Config.tiny()), field: host.format(part), **of_decoder}))
+    return make_config(Decoder, {**vars(Decoder.Config.tiny()), field: host.format(part), **of_decoder})
 
 
 def tiny_options(cls: type[nn.Module]) -> dict[str, Any]:

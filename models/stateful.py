@@ -18,12 +18,17 @@ from models.state import Kept, State, TensorSpec, flush
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a decoder a part stands: model width, its layer of how many, the number of token classes."""
+    """Where in a stack a part stands: the model's width, its layer of how many, the number of token classes.
+
+    norm, eps: how the stack normalises (rms, layer, layer_bias); eps also of the norms inside parts.
+    """
 
     dim: int
     layer: int = 0
     layers: int = 1
     vocab: int = 0
+    norm: str = "rms"
+    eps: float = 1e-6
 
 
 class Stateful(nn.Module):
@@ -48,6 +53,9 @@ class Stateful(nn.Module):
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
         """Name -> spec of each state tensor of a row of at most `max_len` tokens; empty: remembers nothing."""
         return {}
+
+    def after_step(self) -> None:
+        """Called once after each optimizer step, on whole weights: what learns by another rule than a gradient."""
 
     def __call__(self, x_BTD: Tensor, at: Span, state: State | None = None, **inputs) -> tuple[Tensor, State | None]:
         if state is None:
@@ -80,3 +88,10 @@ class Stateful(nn.Module):
                 outputs.append(y_B1D)
         kept = {name: Kept(torch.stack(values, 1)) for name, values in moments.items()}
         return torch.cat(outputs, 1), {**state, **kept}
+
+
+class Absent(Stateful):
+    """`none` in a pattern: the layer has no such branch."""
+
+    def __init__(self, config: Stateful.Config, place: Place) -> None:
+        super().__init__()

@@ -7,6 +7,7 @@ the same logits. An episode has no end that is known in advance, so growing stat
 """
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -17,26 +18,27 @@ from ray.rllib.core.rl_module.apis.value_function_api import ValueFunctionAPI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from torch import Tensor, nn
 
-from models.block import Block, draw_linears
-from models.config import parse_pattern
-from models.layers.norm import RMSNorm
+from models.config import make_config as make_part
+from models.config import parse_decoder
+from models.layers import norm
 from models.span import Span
-from models.state import State, TensorSpec, prefixed, scope
-from models.stateful import Place
-
-EPS = 1e-6
+from models.stack import Stack, draw_linears
+from models.state import State, TensorSpec
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What `model_config` holds.
 
-    pattern, ffn: parts tiled over `layers`, as in a decoder. context: steps that growing state reaches back.
+    model:        a decoder architecture whose layers are used, with its options: `hybrid`, `mor(steps=2)`.
+    pattern, ffn: parts tiled over `layers`, as in a decoder; empty: the model's own.
+    context:      steps that growing state reaches back.
     max_seq_len:  steps of a training fragment, through which gradients flow; the name is RLlib's.
     """
 
-    pattern: str = "gated_deltanet"
-    ffn: str = "swiglu"
+    model: str = "decoder(pattern=gated_deltanet)"
+    pattern: str = ""
+    ffn: str = ""
     dim: int = 64
     layers: int = 1
     context: int = 64
@@ -55,14 +57,12 @@ class Policy(TorchRLModule, ValueFunctionAPI):
         given = {name: value for name, value in self.model_config.items() if name != "vf_share_layers"}  # PPO adds it
         config = self.settings = make_config(given)
         self.encoder, vocab = _encoder(self.observation_space, config.dim)
-        self.blocks = nn.ModuleList(stack(config, vocab))
-        self.norm = RMSNorm(config.dim, EPS)
+        self.blocks = stack(config, vocab)
+        self.norm = norm.make("rms", config.dim, 1e-6)
         outputs = self.get_inference_action_dist_cls().required_input_dim(self.action_space)
         self.policy, self.value = nn.Linear(config.dim, outputs), nn.Linear(config.dim, 1)
         self._init_weights()
-        self._spec = {"length": TensorSpec((), torch.int64)}
-        for layer, block in enumerate(self.blocks):
-            self._spec |= prefixed(str(layer), block.state_spec(config.context))
+        self._spec = {"length": TensorSpec((), torch.int64)} | self.blocks.state_spec(config.context)
         self._restarts = any(spec.every and not spec.window for spec in self._spec.values())
         self._initial = {name: spec.empty(1, config.context)[0].numpy() for name, spec in self._spec.items()}
 
@@ -96,11 +96,8 @@ class Policy(TorchRLModule, ValueFunctionAPI):
         """
         at = self._span(obs_BT, state["length"])
         x_BTD = self.encoder(obs_BT if at.ids_BT is not None else obs_BT.flatten(2).float())
-        after = {"length": at.positions_BT[:, -1] + 1}
-        for layer, block in enumerate(self.blocks):
-            x_BTD, block_state = block(x_BTD, at, scope(state, str(layer)))
-            after |= prefixed(str(layer), block_state)
-        return self.norm(x_BTD), after
+        x_BTD, after = self.blocks(x_BTD, at, {name: value for name, value in state.items() if name != "length"})
+        return self.norm(x_BTD), {"length": at.positions_BT[:, -1] + 1} | after
 
     def _span(self, obs_BT: Tensor, length_B: Tensor) -> Span:
         ids_BT = obs_BT if isinstance(self.encoder, nn.Embedding) else None
@@ -153,16 +150,18 @@ def _encoder(space: gym.Space, dim: int) -> tuple[nn.Module, int]:
     raise ValueError(f"observation space {space}: must be Box or Discrete; add RLlib's FlattenObservations connector")
 
 
-def stack(config: Config, vocab: int = 0) -> list[Block]:
-    """The layers of a policy; ValueError, one line, for a pattern or width that cannot be built."""
-    mixers, ffns = parse_pattern(config.pattern, "mixer"), parse_pattern(config.ffn, "ffn")
-    blocks = []
-    for layer in range(config.layers):
-        place = Place(config.dim, layer, config.layers, vocab)
-        (mixer, mixer_config), (ffn, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
-        if "window" in vars(mixer_config) and not mixer_config.window:
-            mixer_config = dataclasses.replace(mixer_config, window=config.context)
-        blocks.append(Block(mixer(mixer_config, place), ffn(ffn_config, place), config.dim, EPS))
-        if not blocks[-1].mixer.causal:
-            raise ValueError(f"pattern {config.pattern!r}: a policy needs causal mixers, one of these sees the future")
-    return blocks
+def stack(config: Config, vocab: int = 0) -> Stack:
+    """The layers of a policy; ValueError, one line, for an architecture, pattern or width that cannot be built."""
+    cls, options = parse_decoder(config.model)
+    given = {name: value for name in ("pattern", "ffn") if (value := getattr(config, name))}
+    sizes = {"dim": config.dim, "layers": config.layers, "vocab": vocab}
+    tiny = vars(cls.Config.tiny())
+    layers = cls.stack(make_part(cls, {**tiny, **options, **given, **sizes}), adapt=partial(_bounded, config.context))
+    if not layers.causal:
+        raise ValueError(f"pattern {config.pattern!r}: a policy needs causal parts, one of these sees the future")
+    return layers
+
+
+def _bounded(context: int, mixer: Any) -> Any:
+    """A mixer's config, seeing `context` steps where it could see all."""
+    return dataclasses.replace(mixer, window=context) if getattr(mixer, "window", None) == 0 else mixer

@@ -7,7 +7,7 @@ from models.vision.vit import ViT
 
 
 def recipe() -> Job:
-    mixer = "gqa(heads=4,kv_heads=4,positions=nope,mask=full,bias=True)"
+    mixer = "gqa(heads=4,kv_heads=4,positions=nope,mask=full,bias=True,out_bias=True)"
     return Job(
         name="vit_digits",
         model=ViT.Config(

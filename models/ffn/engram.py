@@ -51,7 +51,7 @@ class Engram(Stateful):
         self.table = nn.Embedding(sum(sizes), width)
         self.wk = nn.Linear(tables * width, place.dim, bias=False)
         self.wv = nn.Linear(tables * width, place.dim, bias=False)
-        self.x_norm, self.k_norm, self.u_norm = (RMSNorm(place.dim, 1e-6) for _ in range(3))
+        self.x_norm, self.k_norm, self.u_norm = (RMSNorm(place.dim, place.eps) for _ in range(3))
         self.conv = nn.Parameter(torch.zeros(place.dim, TAPS))
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:

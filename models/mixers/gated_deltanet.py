@@ -57,7 +57,7 @@ class GatedDeltaNet(Stateful):
         self.log_decay = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
         step = torch.empty(config.heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.step_bias = nn.Parameter(step.expm1().log())  # softplus^-1, so that decay starts slow
-        self.norm = RMSNorm(self.value_dim, 1e-6)
+        self.norm = RMSNorm(self.value_dim, place.eps)
         self.wo = nn.Linear(values, place.dim, bias=False)
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:

@@ -25,19 +25,24 @@ class GQA(Stateful):
 
     @dataclass(frozen=True)
     class Config:
-        """head_dim: 0 means dim / heads. window: tokens seen, 0 for all. positions: a scheme of models/positions.
+        """head_dim: 0 means dim / heads. window: tokens seen, 0 for all. scale: of the scores, 0 means head_dim^-0.5.
 
-        mask: full lets every token see every other, for encoders. bias: on the four projections.
+        positions, scores: a scheme of models/positions, of models/scores. mask: full lets every token see every other,
+        for encoders. qk_norm: RMSNorm of each head's queries and keys. bias: on the projections to q, k and v; out_bias:
+        on the one back.
         """
 
         heads: int = 4
         kv_heads: int = 2
         head_dim: int = 0
         window: int = 0
+        scale: float = 0.0
         positions: str = "rope"
+        scores: str = "softmax"
         mask: Literal["causal", "full"] = "causal"
         qk_norm: bool = False
         bias: bool = False
+        out_bias: bool = False
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
@@ -49,24 +54,35 @@ class GQA(Stateful):
         self.config = config
         self.head_dim = config.head_dim or place.dim // config.heads
         positions, positions_config = parse_part(config.positions, "position")
+        scores, scores_config = parse_part(config.scores, "score")
         self.positions = positions(positions_config, self.head_dim, config.heads, place)
+        self.scores = scores(scores_config, config.heads, place)
         self.causal = config.mask == "causal"
         self.wqkv = nn.Linear(place.dim, (config.heads + 2 * config.kv_heads) * self.head_dim, bias=config.bias)
-        self.wo = nn.Linear(config.heads * self.head_dim, place.dim, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_dim, 1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, 1e-6) if config.qk_norm else nn.Identity()
+        self.wo = nn.Linear(config.heads * self.head_dim, place.dim, bias=config.out_bias)
+        self.q_norm = RMSNorm(self.head_dim, place.eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, place.eps) if config.qk_norm else nn.Identity()
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
         shape, dtype = (self.config.kv_heads, self.head_dim), self.wo.weight.dtype
         spec = TensorSpec(shape, dtype, every=1, window=self.config.window)
         return {"k": spec, "v": spec}
 
-    def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
+    def project(self, x_BTD: Tensor, at: Span) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, T, H, K), keys and values (B, T, G, K), normed and told their places."""
         c = self.config
         heads_BTHK = self.wqkv(x_BTD).unflatten(-1, (c.heads + 2 * c.kv_heads, self.head_dim))
         q_BTHK, k_BTGK, v_BTGK = heads_BTHK.split([c.heads, c.kv_heads, c.kv_heads], 2)
         q_BTHK = self.positions.query(self.q_norm(q_BTHK), at)
-        k_BTGK = self.positions.key(self.k_norm(k_BTGK), at)
+        return q_BTHK, self.positions.key(self.k_norm(k_BTGK), at), v_BTGK
+
+    def attend(self, q_BTHK: Tensor, view: kernels.View) -> Tensor:
+        """Weighted values (B, T, H, K) of what the view shows."""
+        c = self.config
+        options = {"window": c.window, "mask": c.mask, "slopes_H": self.positions.slopes_H}
+        return self.scores(q_BTHK, view, scale=c.scale or None, **options)
+
+    def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
+        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, at)
         view, state = append(state, at, k=k_BTGK, v=v_BTGK)
-        y_BTHK = kernels.attention(q_BTHK, view, window=c.window, mask=c.mask)
-        return self.wo(y_BTHK.flatten(2)), state
+        return self.wo(self.attend(q_BTHK, view).flatten(2)), state

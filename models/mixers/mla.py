@@ -45,10 +45,10 @@ class MLA(Stateful):
         width = c.heads * (c.nope_dim + c.rope_dim)
         if c.query_latent:
             self.wq_down = nn.Linear(place.dim, c.query_latent, bias=False)
-            self.q_norm = RMSNorm(c.query_latent, 1e-6)
+            self.q_norm = RMSNorm(c.query_latent, place.eps)
         self.wq = nn.Linear(c.query_latent or place.dim, width, bias=False)
         self.wc = nn.Linear(place.dim, c.latent + c.rope_dim, bias=False)
-        self.c_norm = RMSNorm(c.latent, 1e-6)
+        self.c_norm = RMSNorm(c.latent, place.eps)
         self.up = nn.Parameter(torch.randn(c.heads, c.nope_dim + c.value_dim, c.latent) * c.latent**-0.5)
         self.wo = nn.Linear(c.heads * c.value_dim, place.dim, bias=False)
 

@@ -7,28 +7,18 @@ needs the source no more. Differs from the paper: norms before the branches, one
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.block import Block, draw_linears, tile
 from models.decoder import Decoder
+from models.layers import norm
 from models.layers.cross_attention import CrossAttention
-from models.layers.norm import RMSNorm
 from models.model import Batch
 from models.span import Span
+from models.stack import Stack, draw_linears
 from models.state import State, prefixed
-from models.stateful import Place, Stateful
-
-
-class CrossBlock(Block):
-    """A block with a third branch, between the mixer and the ffn, that reads the encoder's output."""
-
-    branches = ("mixer", "cross", "ffn")
-
-    def __init__(self, mixer: Stateful, cross: CrossAttention, ffn: Stateful, dim: int, eps: float) -> None:
-        super().__init__(mixer, ffn, dim, eps)
-        self.cross_norm, self.cross = RMSNorm(dim, eps), cross
 
 
 class EncoderDecoder(Decoder):
@@ -45,23 +35,21 @@ class EncoderDecoder(Decoder):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        layers = tile(config.encoder, config.ffn, config.dim, config.encoder_layers, config.vocab)
-        self.encoder = nn.ModuleList(Block(mixer, ffn, config.dim, config.eps) for mixer, ffn, _ in layers)
-        self.encoder_norm = RMSNorm(config.dim, config.eps)
-        draw_linears(self.encoder, config.encoder_layers)
+        c = config
+        self.encoder = Stack(c.encoder, c.ffn, c.block, c.dim, c.encoder_layers, c.vocab, norm=c.norm, eps=c.eps)
+        self.encoder_norm = norm.make(c.norm, c.dim, c.eps)
+        draw_linears(self.encoder, c.encoder_layers)
 
-    def block(self, mixer: Stateful, ffn: Stateful, place: Place) -> Block:
-        c = self.config
-        cross = CrossAttention(CrossAttention.Config(c.heads, c.heads, c.memory), place)
-        return CrossBlock(mixer, cross, ffn, c.dim, c.eps)
+    @classmethod
+    def stack(cls, config: Config, **options: Any) -> Stack:
+        cross = CrossAttention.Config(config.heads, config.heads, config.memory)
+        return super().stack(config, extra=lambda place: {"cross": CrossAttention(cross, place)}, **options)
 
     def encode(self, source_BS: Tensor, count_B: Tensor) -> Tensor:
         """What the encoder makes of `source_BS` (int64 ids, the first `count_B` of each row real): (B, S, D)."""
         positions_BS = torch.arange(source_BS.shape[1], device=source_BS.device).expand_as(source_BS)
         at = Span(positions_BS, source_BS, -(positions_BS >= count_B[:, None]).long())
-        x_BSD = self.embedding(source_BS)
-        for block in self.encoder:
-            x_BSD, _ = block(x_BSD, at)
+        x_BSD, _ = self.encoder(self.embed(source_BS), at)
         return self.encoder_norm(x_BSD)
 
     def remember(self, state: State, source_BS: Tensor, count_B: Tensor) -> State:

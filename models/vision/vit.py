@@ -51,7 +51,7 @@ class ViT(Model):
         classes: int = 1000
         dim: int = 768
         layers: int = 12
-        mixer: str = "gqa(heads=12,kv_heads=12,positions=nope,mask=full,bias=True)"
+        mixer: str = "gqa(heads=12,kv_heads=12,positions=nope,mask=full,bias=True,out_bias=True)"
         hidden: int = 0
         eps: float = 1e-12
         scale: float = 1.0
@@ -59,7 +59,7 @@ class ViT(Model):
 
         @classmethod
         def tiny(cls) -> "ViT.Config":
-            mixer = "gqa(heads=4,kv_heads=4,positions=nope,mask=full,bias=True)"
+            mixer = "gqa(heads=4,kv_heads=4,positions=nope,mask=full,bias=True,out_bias=True)"
             return cls(size=8, patch=2, channels=1, classes=10, dim=32, layers=2, mixer=mixer)
 
     def __init__(self, config: Config) -> None:

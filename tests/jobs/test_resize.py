@@ -106,7 +106,7 @@ def test_blocks_above_frozen_ones_still_learn():
     decoder = models.build("decoder", layers=2, dim=32)
     decoder.embedding.weight.requires_grad_(False)
     gradients = []
-    for decoder.recompute in (False, True):
+    for decoder.blocks.recompute in (False, True):
         decoder.zero_grad()
         decoder(decoder.example(2))[0].backward()
         gradients.append({name: p.grad for name, p in decoder.named_parameters() if p.requires_grad})

@@ -9,12 +9,15 @@ import typing
 
 import torch
 
+import models
 from models import registry
-from models.config import make_config
+from models.config import make_config, to_text
 from models.decoder import Decoder
 from models.state import Pages, fork, put, restore, select, snapshot, take
+from models.stateful import Place
 
 TOKENS = 23
+OTHER_PARTS = {"positions": ["nope"], "scores": ["ssmax"]}  # of options that name a part
 
 
 def same(a, b, tolerance=1e-4, what=""):
@@ -309,8 +312,8 @@ def _other_values(value, hint, name):
         return [not value]
     if hint is int:
         return [value * 2, value // 2, value + 1, 4] if value else [8, 4, 3]
-    if hint is str and name == "positions":
-        return ["nope"]
+    if hint is str:
+        return OTHER_PARTS[name]
     if typing.get_origin(hint) is tuple:
         return [tuple(2 * item for item in value)]
     if hint is float:
@@ -319,37 +322,30 @@ def _other_values(value, hint, name):
 
 
 def _signature(cls, kind, options):
-    """Shapes of the parameters and outputs of a decoder around the part, all weights redrawn from one seed."""
+    """Shapes of parameters and state, and outputs, of a decoder around the part, its weights redrawn from one seed."""
     decoder = decoder_around(cls, kind, options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         logits, _ = decoder.logits(tokens(decoder, 2, TOKENS, 3))
-    return {name: parameter.shape for name, parameter in decoder.named_parameters()}, logits
+    shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
+    return (shapes, decoder.state_spec(TOKENS)), logits
 
 
 def decoder_around(cls, kind, options, layers=1):
-    """A tiny decoder around a part class that need not be registered (plants are not)."""
-    options = {**registry.tiny_options(cls), **options}
-    config = make_config(cls, options) if cls.__module__.startswith("models.") else cls.Config(**options)
-    decoder = Decoder(dataclasses.replace(Decoder.Config.tiny(), layers=layers))
+    """A tiny decoder around a part; a plant, which is not registered, takes the place of the mixers."""
     torch.manual_seed(0)
+    if cls.__module__.startswith("models."):
+        field, host = registry.HOSTS[kind]
+        part = to_text(make_config(cls, {**registry.tiny_options(cls), **options}))
+        return models.build("decoder", layers=layers, **{field: host.format(part)})
+    decoder = models.build("decoder", layers=layers)
     for layer, block in enumerate(decoder.blocks):
-        place = registry_place(decoder, layer)
-        if kind == "position":
-            block.mixer.positions = cls(config, block.mixer.head_dim, block.mixer.config.heads, place)
-        else:
-            setattr(block, kind, cls(config, place))
+        block.mixer = cls(cls.Config(**options), Place(decoder.config.dim, layer, layers, decoder.config.vocab))
     return decoder
-
-
-def registry_place(decoder, layer):
-    from models.stateful import Place
-
-    return Place(decoder.config.dim, layer, decoder.config.layers, decoder.config.vocab)
 
 
 def parts():
     """(name, kind) of everything the suites are generated over."""
-    return [(name, kind) for kind in ("mixer", "ffn", "head", "position") for name in registry.names(kind=kind)]
+    return [(name, kind) for kind in registry.HOSTS for name in registry.names(kind=kind)]

@@ -54,7 +54,7 @@ def test_logits_and_gradients_are_those_of_transformers(trial):
     )  # fmt: skip
     for parameter in theirs.parameters():  # zeros and ones would hide biases and norms
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1) / 2, std=0.3)
-    mixer = f"gqa(heads={heads},kv_heads={heads},positions=nope,mask=full,bias=True)"
+    mixer = f"gqa(heads={heads},kv_heads={heads},positions=nope,mask=full,bias=True,out_bias=True)"
     ours = ViT(
         ViT.Config(
             patch * side,
@@ -142,7 +142,7 @@ def test_every_option_is_live():
         changed = models.build("vit", **{name: value})
         assert {name: p.shape for name, p in changed.named_parameters()} != base_shapes, name
     pixels = torch.randn(2, 1, 8, 8)
-    mixer = "gqa(heads=2,kv_heads=2,positions=nope,mask=full,bias=True)"
+    mixer = "gqa(heads=2,kv_heads=2,positions=nope,mask=full,bias=True,out_bias=True)"
     for name, value in {"eps": 1.0, "scale": 3.0, "mixer": mixer}.items():
         changed = models.build("vit", **{name: value})
         changed.load_state_dict(base.state_dict())

@@ -29,13 +29,14 @@ def read(fields: Fields, tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Ten
     """Their config and tensors to ours."""
     dim, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
     trained = fields.whole("max_position_embeddings", 2048)
-    head_dim = fields.whole("head_dim", dim // heads)
+    head_dim, bias = fields.whole("head_dim", dim // heads), fields.flag("attention_bias", False)
     mixer = GQA.Config(
         heads=heads,
         kv_heads=fields.whole("num_key_value_heads", heads),
         head_dim=0 if head_dim * heads == dim else head_dim,
         positions=rope.read(fields, trained),
-        bias=fields.flag("attention_bias", False),
+        bias=bias,
+        out_bias=bias,
     )
     ffn = SwiGLU.Config(hidden=fields.whole("intermediate_size"), bias=fields.flag("mlp_bias", False))
     fields.only("hidden_act", "silu")
