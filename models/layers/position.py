@@ -11,11 +11,12 @@ from models.stateful import Place
 class Position(nn.Module):
     """A scheme for heads of `dim` channels, built as `Scheme(config, dim, heads, place)`; this one says nothing.
 
+    axes: that tokens stand on; text stands at the same number on all of them.
     slopes_H: of a bias on the scores linear in the distance (ALiBi), one for each of the `heads`; None for most.
     """
 
     family = "positions"
-    slopes_H: Tensor | None = None
+    axes = 1
 
     @dataclass(frozen=True)
     class Config:
@@ -24,6 +25,7 @@ class Position(nn.Module):
     def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
         super().__init__()
         self.config = config
+        self.register_buffer("slopes_H", None, persistent=False)
 
     def forward(self, x_BTHK: Tensor, places: Tensor) -> Tensor:
         """x (B, T, H, K) told its places, (B, T) or (B, T, axes) as in `Span.places`; dtype of x."""

@@ -64,19 +64,17 @@ class MLA(Stateful):
         c_BTK = self.c_norm(c_BTK)
         r_BT1K = self.positions.key(r_BTK[:, :, None], at)
         up_k_HKN, up_v_HVN = self.up.split([c.nope_dim, c.value_dim], 1)
-        scale = (c.nope_dim + c.rope_dim) ** -0.5
+        options = {"scale": (c.nope_dim + c.rope_dim) ** -0.5, "slopes_H": self.positions.slopes_H}
         view, state = append(state, at, latent=torch.cat([c_BTK[:, :, None], r_BT1K], -1))
         if state is None:
             k_BTHK = torch.einsum("btn,hkn->bthk", c_BTK, up_k_HKN)
             k_BTHK = torch.cat([k_BTHK, r_BT1K.expand(-1, -1, c.heads, -1)], -1)
             v_BTHV = torch.einsum("btn,hvn->bthv", c_BTK, up_v_HVN)
             view = replace(view, new={"k": k_BTHK, "v": v_BTHV})
-            y_BTHV = kernels.attention(torch.cat([nope_BTHK, rope_BTHK], -1), view, scale=scale)
+            y_BTHV = kernels.attention(torch.cat([nope_BTHK, rope_BTHK], -1), view, **options)
         else:
             q_BTHN = torch.einsum("bthk,hkn->bthn", nope_BTHK, up_k_HKN)
             new, past = ({"k": side["latent"], "v": side["latent"][..., : c.latent]} for side in (view.new, view.past))
-            y_BTHN = kernels.attention(
-                torch.cat([q_BTHN, rope_BTHK], -1), replace(view, new=new, past=past), scale=scale
-            )
+            y_BTHN = kernels.attention(torch.cat([q_BTHN, rope_BTHK], -1), replace(view, new=new, past=past), **options)
             y_BTHV = torch.einsum("bthn,hvn->bthv", y_BTHN, up_v_HVN)
         return self.wo(y_BTHV.flatten(2)), state

@@ -2,7 +2,8 @@
 
     p = softmax(s log(n) / m l),   n the tokens a query reads, s learned for each head
 
-arXiv 2501.19399. m is the mean of log n over a document of `length` tokens. Dividing by it is a change of units: s starts at 1, and scores about as large as a softmax's.
+arXiv 2501.19399. m is the mean of log n over a document of `length` tokens. Dividing by it is a change of units: s is 1
+at the start, and scores about as large as a softmax's.
 """
 
 import math

@@ -315,7 +315,7 @@ def _other_values(value, hint, name):
     if hint is str:
         return OTHER_PARTS[name]
     if typing.get_origin(hint) is tuple:
-        return [tuple(2 * item for item in value)]
+        return [other for other in (value[::-1], tuple(2 * item for item in value)) if other != value]
     if hint is float:
         return [value * 1.5 + 0.1, value / 2]
     raise AssertionError(f"{name}: no other value known for {hint}")
@@ -328,7 +328,9 @@ def _signature(cls, kind, options):
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        logits, _ = decoder.logits(tokens(decoder, 2, TOKENS, 3))
+        axes = getattr(cls, "axes", 1)
+        places = torch.randint(TOKENS, (2, TOKENS, axes), generator=generator) if axes > 1 else None
+        logits, _ = decoder.logits(tokens(decoder, 2, TOKENS, 3), places_BTA=places)
     shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
     return (shapes, decoder.state_spec(TOKENS)), logits
 
