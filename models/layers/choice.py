@@ -13,4 +13,4 @@ class Choice(nn.Module):
 
     def forward(self, scores: Tensor, count: int) -> Tensor:
         """Indices (..., count) int64 of the largest of scores (..., n), best first; of equal ones the first wins."""
-        return torch.sort(scores, -1, descending=True, stable=True).indices[..., :count]
+        return torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :count]
