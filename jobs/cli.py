@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib
+import inspect
 import io
 import re
 import sys
@@ -31,10 +32,17 @@ def recipes() -> list[str]:
 
 
 def load(name: str) -> Job:
-    """The job a recipe returns. ValueError lists the recipes there are."""
-    if name not in recipes():
-        raise ValueError(f"there is no recipe {name!r}; recipes: {', '.join(recipes())}")
-    return importlib.import_module(f"jobs.recipes.{name}").recipe()
+    """The job a recipe returns; `RECIPE:ARCHITECTURE` asks it for another architecture than its own.
+
+    ValueError lists the recipes there are, or says that this one has an architecture of its own.
+    """
+    recipe, colon, architecture = name.partition(":")
+    if recipe not in recipes():
+        raise ValueError(f"there is no recipe {recipe!r}; recipes: {', '.join(recipes())}")
+    make = importlib.import_module(f"jobs.recipes.{recipe}").recipe
+    if colon and not inspect.signature(make).parameters:
+        raise ValueError(f"recipe {recipe} has its own architecture; tiny:{architecture} takes any of a sequence")
+    return make(architecture) if colon else make()
 
 
 def options(config: Any, prefix: str = "") -> list[str]:
@@ -53,6 +61,7 @@ def parse(program: str, arguments: list[str]) -> Job:
     """The job of `RECIPE --option value ...`; exits with one line on a mistake, with help on --help."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: python -m {program} RECIPE [--option value ...]\n\nrecipes: {', '.join(recipes())}")
+        print("tiny:NAME is the recipe `tiny` of an architecture; `python -m models` lists them")
         print(f"options of a recipe, with their defaults: python -m {program} RECIPE --help")
         raise SystemExit(0 if arguments else 2)
     try:

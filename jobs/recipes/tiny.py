@@ -1,15 +1,22 @@
-"""Seconds on one core: a small hybrid on a sliver of the standard library, for tests and first tries."""
+"""Seconds on one core: a small model on a sliver of the standard library, for tests and first tries.
+
+`tiny` is a hybrid; `tiny:NAME` is any architecture for sequences, or a decoder with the part of that name.
+"""
 
 from jobs.config import Job
 from jobs.data import Data
 from jobs.optim import Optim
+from models import registry
 from models.decoder import Decoder
 
+SIZES = {"vocab": 512, "dim": 32, "layers": 2}
 
-def recipe() -> Job:
+
+def recipe(architecture: str = "") -> Job:
+    hybrid = Decoder.Config(**SIZES, pattern="gated_deltanet gqa")
     return Job(
-        name="tiny",
-        model=Decoder.Config(vocab=512, dim=32, layers=2, pattern="gated_deltanet gqa"),
+        name=f"tiny-{architecture}" if architecture else "tiny",
+        model=registry.config_of(architecture, **SIZES) if architecture else hybrid,
         data=Data(vocab=512, limit_bytes=300_000, val_fraction=0.1),
         optim=Optim(lr=1e-2, warmup=5),
         steps=20,
