@@ -73,6 +73,8 @@ def lookup(name: str) -> type[nn.Module]:
     module = importlib.import_module(_files()[name])
     for _, cls in inspect.getmembers(module, inspect.isclass):
         if cls.__module__ == module.__name__ and cls.__name__.lower() == name.replace("_", ""):
+            if cls.Config.__module__ != cls.__module__:  # a config names its part by the file it stands in
+                raise RuntimeError(f"{module.__name__}: {cls.__name__} must have a Config of its own")
             return cls
     raise RuntimeError(f"{module.__name__} must define a class named {name!r} in camel case")
 

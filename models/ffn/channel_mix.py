@@ -1,8 +1,9 @@
-"""Channel mix of RWKV-7: a squared-ReLU feed-forward layer whose input leans on the token before.
+"""Channel mix of RWKV: a squared-ReLU feed-forward layer whose input leans on the token before.
 
-    y_t = W_o relu(W_i (x_t + mu (x_{t-1} - x_t)))^2
+    y_t = W_o relu(W_i (x_t + mu (x_{t-1} - x_t)))^2   [times sig(W_r (x_t + mu_r (x_{t-1} - x_t)))]
 
-arXiv 2503.14456. W_o starts at zero, mu by channel and depth, as there.
+arXiv 2503.14456 (RWKV-7); with `receptance`, the gate in brackets, 2305.13048 (RWKV-4) and 2404.05892 (5 and 6). W_o
+starts at zero, mu by channel and depth, as there.
 """
 
 from dataclasses import dataclass
@@ -22,16 +23,21 @@ class ChannelMix(Stateful):
 
     @dataclass(frozen=True)
     class Config:
-        """hidden: units, 0 means 4 dim."""
+        """hidden: units, 0 means 4 dim. receptance: a gate on what is written, as before RWKV-7."""
 
         hidden: int = 0
+        receptance: bool = False
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
+        self.config = config
         hidden = config.hidden or 4 * place.dim
-        depth = 1 - place.layer / place.layers
-        self.mix = nn.Parameter(1 - (torch.arange(place.dim) / place.dim) ** depth**4)
+        channel, depth = torch.arange(place.dim) / place.dim, 1 - place.layer / place.layers
+        self.mix = nn.Parameter(1 - channel ** (depth if config.receptance else depth**4))
         self.wi = nn.Linear(place.dim, hidden, bias=False)
+        if config.receptance:
+            self.mix_r = nn.Parameter(1 - channel**depth)
+            self.wr = nn.Linear(place.dim, place.dim, bias=False)
         self.wo = nn.Linear(hidden, place.dim, bias=False)
         nn.init.zeros_(self.wo.weight)
 
@@ -40,5 +46,7 @@ class ChannelMix(Stateful):
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         before_BTD, tail = previous(x_BTD, at, None if state is None else state["shift"])
-        hidden_BTF = self.wi(torch.lerp(x_BTD, before_BTD, self.mix)).relu().square()
-        return self.wo(hidden_BTF), None if state is None else {"shift": tail}
+        y_BTD = self.wo(self.wi(torch.lerp(x_BTD, before_BTD, self.mix)).relu().square())
+        if self.config.receptance:
+            y_BTD = self.wr(torch.lerp(x_BTD, before_BTD, self.mix_r)).sigmoid() * y_BTD
+        return y_BTD, None if state is None else {"shift": tail}

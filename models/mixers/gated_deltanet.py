@@ -7,7 +7,6 @@ arXiv 2412.06464. q, k, v pass a short causal convolution with SiLU; q and k are
 heads are allowed, as in Qwen3-Next: key head i serves the value heads of its group.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,9 @@ from torch import Tensor, nn
 
 import kernels
 from models.config import at_least
+from models.layers.decays import draw_log_decay, draw_step_bias
 from models.layers.norm import RMSNorm
+from models.layers.unit import unit
 from models.span import Span
 from models.state import State, TensorSpec
 from models.stateful import Place, Stateful
@@ -54,9 +55,8 @@ class GatedDeltaNet(Stateful):
         self.widths = [2 * keys + values, values, config.heads, config.heads]  # q k v together, z, b, a
         self.wi = nn.Linear(place.dim, sum(self.widths), bias=False)
         self.conv = nn.Parameter(torch.empty(self.widths[0], config.conv).uniform_(-1, 1) * config.conv**-0.5)
-        self.log_decay = nn.Parameter(torch.empty(config.heads).uniform_(1, 16).log())
-        step = torch.empty(config.heads).uniform_(math.log(1e-3), math.log(1e-1)).exp()
-        self.step_bias = nn.Parameter(step.expm1().log())  # softplus^-1, so that decay starts slow
+        self.log_decay = nn.Parameter(draw_log_decay(config.heads))
+        self.step_bias = nn.Parameter(draw_step_bias(config.heads))
         self.norm = RMSNorm(self.value_dim, place.eps)
         self.wo = nn.Linear(values, place.dim, bias=False)
 
@@ -81,7 +81,7 @@ class GatedDeltaNet(Stateful):
         )
         keys = c.key_heads * self.key_dim
         q_BTD, k_BTD, v_BTD = qkv_BTD.split([keys, keys, c.heads * self.value_dim], -1)
-        q_BTHK, k_BTHK = (_normalize(x.unflatten(-1, (c.key_heads, self.key_dim))) for x in (q_BTD, k_BTD))
+        q_BTHK, k_BTHK = (unit(x.unflatten(-1, (c.key_heads, self.key_dim))) for x in (q_BTD, k_BTD))
         group = c.heads // c.key_heads
         y_BTHV, matrix = kernels.gated_delta(
             q_BTHK.repeat_interleave(group, 2),
@@ -96,9 +96,3 @@ class GatedDeltaNet(Stateful):
         gate_BTHV = F.silu(z_BTD.float()).unflatten(-1, (c.heads, self.value_dim))
         y_BTHV = (self.norm(y_BTHV).float() * gate_BTHV).to(x_BTD.dtype)
         return self.wo(y_BTHV.flatten(2)), None if state is None else {"conv": tail, "matrix": matrix}
-
-
-def _normalize(x: Tensor) -> Tensor:
-    """x / |x| over the last dimension, safe at zero."""
-    x32 = x.float()
-    return (x32 * torch.rsqrt(x32.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
