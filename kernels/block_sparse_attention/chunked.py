@@ -23,6 +23,7 @@ def chunked(
     blocks_BTGN: Tensor,
     scale: float,
     block: int,
+    linear: bool,
 ) -> Tensor:
     """y (B, T, H, V); as `reference`."""
     q_BTHK = silence(q_BTHK, segments_BT)
@@ -33,7 +34,7 @@ def chunked(
     outputs = [q_BTHK.new_zeros(q_BTHK.shape[0], 0, q_BTHK.shape[2], v_BTGV.shape[3])]
     for part, column, sees in _parts(*args, block):
         q = q_BTHK[:, part].to(wide).unflatten(2, (groups, -1)).transpose(1, 2)
-        weights = _weights(q, _gather(keys, column, sees), sees, scale)
+        weights = _weights(q, _gather(keys, column, sees), sees, scale, linear)
         y = weights @ _gather(values, column, sees)
         outputs.append(y.transpose(1, 2).flatten(2, 3).to(q_BTHK.dtype))
     return torch.cat(outputs, 1)
@@ -41,7 +42,7 @@ def chunked(
 
 def grad(args, outputs, grads, needs) -> list[Tensor]:
     """A part at a time as forward, what its keys get being added where they came from; a past leaves it to autograd."""
-    q_BTHK, k_BTGK, v_BTGV, past_k, _, _, _, segments_BT, table, _, scale, block = args
+    q_BTHK, k_BTGK, v_BTGV, past_k, _, _, _, segments_BT, table, _, scale, block, linear = args
     if past_k is not None:
         return op.recompute(chunked, args, grads, needs, again=False)
     q_BTHK, dy = silence(q_BTHK, segments_BT), silence(grads[0], segments_BT)
@@ -49,12 +50,14 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     groups = k_BTGK.shape[2]
     keys, values = (_line(None, x, table, wide) for x in (k_BTGK, v_BTGV))
     dq, dkeys, dvalues = torch.zeros_like(q_BTHK, dtype=wide), torch.zeros_like(keys), torch.zeros_like(values)
-    for part, column, sees in _parts(*args[:-2], block):
+    for part, column, sees in _parts(*args[:-3], block):
         q, g = (x[:, part].to(wide).unflatten(2, (groups, -1)).transpose(1, 2) for x in (q_BTHK, dy))
         k = _gather(keys, column, sees)
-        weights = _weights(q, k, sees, scale)
+        weights = _weights(q, k, sees, scale, linear)
         found = g @ _gather(values, column, sees).transpose(-1, -2)
-        found = weights * (found - (weights * found).sum(-1, keepdim=True)) * scale
+        if not linear:
+            found = weights * (found - (weights * found).sum(-1, keepdim=True))
+        found = found * scale
         dq[:, part] = (found @ k).transpose(1, 2).flatten(2, 3)
         _scatter(dkeys, column, found.transpose(-1, -2) @ q)
         _scatter(dvalues, column, weights.transpose(-1, -2) @ g)
@@ -117,8 +120,10 @@ def _scatter(line: Tensor, column: Tensor, found: Tensor) -> None:
     line.scatter_add_(2, column.flatten(2)[..., None].expand(-1, -1, -1, line.shape[3]), found.flatten(2, 3))
 
 
-def _weights(q: Tensor, k: Tensor, sees: Tensor, scale: float) -> Tensor:
+def _weights(q: Tensor, k: Tensor, sees: Tensor, scale: float, linear: bool) -> Tensor:
     """(B, G, queries, heads of a group, keys); all 0 for a query that sees nothing."""
+    if linear:
+        return q @ k.transpose(-1, -2) * scale  # keys that are not seen have been gathered as zeros
     sees = sees[:, :, :, None]
     some = sees.any(-1, keepdim=True)
     logits = (q @ k.transpose(-1, -2) * scale).masked_fill(~sees & some, -torch.inf)

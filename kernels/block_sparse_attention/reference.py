@@ -19,6 +19,7 @@ def reference(
     blocks_BTGN: Tensor,
     scale: float,
     block: int,
+    linear: bool,
 ) -> Tensor:
     """y (B, T, H, V); positions_BT and segments_BT are given together or not at all."""
     rows, tokens, heads, _ = q_BTHK.shape
@@ -48,6 +49,9 @@ def reference(
         sees_BHS = (sees[:, None] & chosen_BGS).repeat_interleave(heads // groups, 1)
         logits = torch.einsum("bhk,bshk->bhs", q_BTHK[:, t], keys) * scale
         some = sees_BHS.any(2, keepdim=True)
-        weights = logits.masked_fill(~sees_BHS & some, -torch.inf).softmax(-1)
+        if linear:
+            weights = logits.masked_fill(~sees_BHS, 0)
+        else:
+            weights = logits.masked_fill(~sees_BHS & some, -torch.inf).softmax(-1)
         outputs.append(torch.where(some, torch.einsum("bhs,bshv->bhv", weights, values), 0))
     return torch.stack(outputs, 1) if outputs else q_BTHK.new_zeros(rows, 0, heads, v_BTGV.shape[3])

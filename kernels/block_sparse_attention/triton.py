@@ -36,8 +36,9 @@ def forward(
     blocks_BTGN: Tensor,
     scale: float,
     block: int,
+    linear: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, V), and lse (B, T, H) to base 2."""
+    """y (B, T, H, V), and lse (B, T, H) to base 2; with `linear` lse says nothing."""
     q, k, v = lined(q_BTHK), lined(k_BTGK), lined(v_BTGV)
     rows, tokens, heads, size = q.shape
     groups, size_v = k.shape[2], v.shape[3]
@@ -55,7 +56,7 @@ def forward(
         _forward, (rows * tokens * groups,),
         q, k, v, past_k, past_v, y, lse, *_where(positions_BT, segments_BT, blocks_BTGN), length_B, table_BN,
         tokens, groups, blocks_BTGN.shape[3], slots, pages, *strides(q, k, v), *lines, scale,
-        *_sizes(q, k, v, block), 1 if past_k is None else past_k.shape[1], precision(q.dtype),
+        *_sizes(q, k, v, block), 1 if past_k is None else past_k.shape[1], precision(q.dtype), linear,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return y, lse
@@ -68,7 +69,7 @@ def fake(q, k, v, *_):
 
 def grad(args, outputs, grads, needs) -> list[Tensor]:
     """As `chunked.grad`, and with a past that itself."""
-    q, k, v, past_k, _, _, positions_BT, segments_BT, _, blocks_BTGN, scale, block = args
+    q, k, v, past_k, _, _, positions_BT, segments_BT, _, blocks_BTGN, scale, block, linear = args
     if past_k is not None:
         return chunked_grad(args, outputs, grads, needs)
     q, k, v, dy = lined(q), lined(k), lined(v), lined(grads[0])
@@ -84,14 +85,14 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     launch(
         _backward_queries, (rows * tokens * groups,),
         q, k, v, dy, lse, fall, dq, base, column, at, own, blocks, tokens, groups, count, *lines, scale,
-        *sizes, precision(q.dtype), num_warps=4, num_stages=2,
+        *sizes, precision(q.dtype), linear, num_warps=4, num_stages=2,
     )  # fmt: skip
     if needs[1] or needs[2]:
         begins, chosen, query = _turned(base, at, own, blocks, tokens, block)
         launch(
             _backward_keys, (begins.shape[0] * groups * sizes[5],),
             q, k, v, dy, lse, fall, dk, dv, column, at, own, begins, chosen, query, chosen.numel(),
-            tokens, groups, count, *lines, scale, *sizes, precision(q.dtype),
+            tokens, groups, count, *lines, scale, *sizes, precision(q.dtype), linear,
             num_warps=8 if max(sizes[2:4]) > 128 else 4, num_stages=2,
         )  # fmt: skip
     return [x for x, need in zip((dq, dk, dv), needs, strict=False) if need]
@@ -179,6 +180,7 @@ def _forward(
     q_b, q_t, q_h, k_b, k_t, k_g, v_b, v_t, v_g, a_b, a_s, a_g, b_b, b_s, b_g, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
     BLOCK: tl.constexpr, RATIO: tl.constexpr, BR: tl.constexpr, PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    LINEAR: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, token, group = program // groups // T, program // groups % T, program % groups
@@ -214,15 +216,18 @@ def _forward(
             v_old = _tile(past_v + group * b_g, page * b_b + slot * b_s, old, V, BV).to(v_tile.dtype)
             k_tile = tl.where(old[:, None], k_old, k_tile)
             v_tile = tl.where(old[:, None], v_old, v_tile)
-        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-        s = tl.where(sees[None, :], s, -float("inf"))
-        larger = tl.maximum(m, tl.max(s, 1))
-        top = tl.where(larger == -float("inf"), 0.0, larger)
-        p = tl.exp2(s - top[:, None])
-        shrink = tl.exp2(m - top)
-        total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
-        m = larger
+        s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        if LINEAR:  # keys that are not seen are zeros
+            acc = tl.dot((s * scale).to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+        else:
+            s = tl.where(sees[None, :], s * (scale * LOG2E), -float("inf"))
+            larger = tl.maximum(m, tl.max(s, 1))
+            top = tl.where(larger == -float("inf"), 0.0, larger)
+            p = tl.exp2(s - top[:, None])
+            shrink = tl.exp2(m - top)
+            total = total * shrink + tl.sum(p, 1)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION)
+            m = larger
     some = total > 0
     total = tl.where(some, total, 1.0)
     d = tl.arange(0, BV)
@@ -237,8 +242,12 @@ def _backward_queries(
     q_b, q_t, q_h, k_b, k_t, k_g, v_b, v_t, v_g, g_b, g_t, g_h, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
     BLOCK: tl.constexpr, RATIO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    LINEAR: tl.constexpr,
 ):  # fmt: skip
-    """First the mean of dy.v under the weights, then dq: read twice, the keys are in the cache the second time."""
+    """First the mean of dy.v under the weights, then dq: read twice, the keys are in the cache the second time.
+
+    LINEAR has no mean.
+    """
     program = tl.program_id(0).to(tl.int64)
     row, token, group = program // groups // T, program // groups % T, program % groups
     head, real, line = _head_lines(row * T + token, group, T, groups, RATIO, BR)
@@ -248,20 +257,22 @@ def _backward_queries(
     top = tl.load(lse + line, mask=real, other=float("inf"))
     acc = tl.zeros((BR, BK), tl.float32)
     mean, mass = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.float32)
-    for again in tl.static_range(2):
+    for again in tl.static_range(1 if LINEAR else 0, 2):
         for i in range(0, N * TILES):
             chosen = tl.load(blocks + program * N + i // TILES)
             _, sees, place = _keys(chosen, i % TILES, here, row, T, start, column, BLOCK, TILE)
             k_tile = _tile(k + row * k_b + group * k_g, place * k_t, sees, K, BK)
             v_tile = _tile(v + row * v_b + group * v_g, place * v_t, sees, V, BV)
-            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
-            p = tl.where(sees[None, :], tl.exp2(s - top[:, None]), 0.0)
             found = tl.dot(g_tile, tl.trans(v_tile), input_precision=PRECISION)
-            if again == 0:
-                mean += tl.sum(p * found, 1)
-                mass += tl.sum(p, 1)
-            else:
-                found = p * (found - mean[:, None])
+            if not LINEAR:
+                s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (scale * LOG2E)
+                p = tl.where(sees[None, :], tl.exp2(s - top[:, None]), 0.0)
+                if again == 0:
+                    mean += tl.sum(p * found, 1)
+                    mass += tl.sum(p, 1)
+                else:
+                    found = p * (found - mean[:, None])
+            if again == 1:
                 acc = tl.dot(found.to(k_tile.dtype), k_tile, acc, input_precision=PRECISION)
         if again == 0:
             mean = mean / tl.where(mass > 0, mass, 1.0)
@@ -289,6 +300,7 @@ def _backward_keys(
     q_b, q_t, q_h, k_b, k_t, k_g, v_b, v_t, v_g, g_b, g_t, g_h, scale,
     K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
     BLOCK: tl.constexpr, RATIO: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr,
+    LINEAR: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     entry, group, part = program // TILES // groups, program // TILES % groups, program % TILES
@@ -325,11 +337,16 @@ def _backward_keys(
         place_of = (row * T + token) * (groups * RATIO) + head
         top = tl.load(lse + place_of, mask=real, other=float("inf"))
         mean = tl.load(fall + place_of, mask=real, other=0.0)
-        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2E)
+        s = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION)
+        found = tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION)
         sees = inside[:, None] & (key_at[:, None] <= here[None, :])
-        p = tl.where(sees, tl.exp2(s - top[None, :]), 0.0)
+        if LINEAR:
+            p = tl.where(sees, s * scale, 0.0)
+            found = tl.where(sees, found, 0.0)
+        else:
+            p = tl.where(sees, tl.exp2(s * (scale * LOG2E) - top[None, :]), 0.0)
+            found = p * (found - mean[None, :])
         of_v = tl.dot(p.to(g_tile.dtype), g_tile, of_v, input_precision=PRECISION)
-        found = p * (tl.dot(v_tile, tl.trans(g_tile), input_precision=PRECISION) - mean[None, :])
         of_k = tl.dot(found.to(q_tile.dtype), q_tile, of_k, input_precision=PRECISION)
     d, e = tl.arange(0, BK), tl.arange(0, BV)
     place = (row * T + columns) * groups + group

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from kernels import View, attention, block_sparse_attention
+from kernels import View, attention, block_sparse_attention, linear_attention
 from tests.kernels.physics import DEVICE, chain, close, placed, using
 from tests.kernels.recurrent import packed
 from tests.kernels.suite import Differentiable, wrong
 from tests.kernels.test_attention import NUMBERS, places
 
 
-def run(block=16, scale=None):
+def run(block=16, scale=None, linear=False):
     def call(q, k, v, blocks, past_k=None, past_v=None, length=None, segments=None, table=None, positions=None):
         past = {} if past_k is None else {"k": past_k, "v": past_v}
         view = View({"k": k, "v": v}, past, length, positions, segments, table)
-        return block_sparse_attention(q, view, blocks, block=block, scale=scale)
+        return block_sparse_attention(q, view, blocks, block=block, scale=scale, linear=linear)
 
     return call
 
@@ -33,7 +33,7 @@ def drawn(tokens=63, rows=1, heads=4, groups=2, key=60, value=60, slots=0, picks
     return made
 
 
-def case(lengths=None, segments=None, page=0, block=16, scale=None, **sizes):
+def case(lengths=None, segments=None, page=0, block=16, scale=None, linear=False, **sizes):
     def draw():
         x = drawn(block=block, **sizes)
         rows, tokens = x["q"].shape[:2]
@@ -49,7 +49,7 @@ def case(lengths=None, segments=None, page=0, block=16, scale=None, **sizes):
                 pool = torch.zeros(rows * count + 1, page, *x[name].shape[2:])
                 pool[x["table"]] = x[name].unflatten(1, (count, page))
                 x[name] = pool
-        return run(block, scale), x
+        return run(block, scale, linear), x
 
     return draw
 
@@ -71,11 +71,15 @@ class TestBlockSparseAttention(Differentiable):
         "past-packed": case((30, 9), NUMBERS, tokens=5, rows=2, slots=32, block=4, heads=2, groups=1, key=20, value=16),
         "paged": case((30, 9), tokens=2, rows=2, slots=32, page=8, block=4, heads=2, key=20, value=16),
         "ring": case((50, 9), tokens=2, rows=2, slots=32, block=8, picks=5, heads=2, key=20, value=16),
+        "linear": case(tokens=18, heads=4, groups=2, picks=2, scale=0.5, linear=True),
+        "linear-packed": case(segments="packed", tokens=14, rows=2, block=4, heads=2, groups=1, key=20, linear=True),
+        "linear-paged": case((30, 9), tokens=2, rows=2, slots=32, page=8, block=4, heads=2, key=20, linear=True),
     }
     SMALL = {
         "plain": case(tokens=5, block=2, picks=2, **TINY),
         "packed": case(segments=NUMBERS, tokens=5, block=2, picks=2, **TINY),
         "past": case((3, 4), NUMBERS, tokens=5, slots=4, block=2, picks=2, **TINY),
+        "linear": case((3, 4), NUMBERS, tokens=5, slots=4, block=2, picks=2, linear=True, **TINY),
     }
 
 
@@ -120,6 +124,14 @@ def test_a_selection_is_a_mask(form):
             torch.autograd.grad(y.square().sum(), leaves), torch.autograd.grad(want.square().sum(), leaves), strict=True
         ):
             close(ours, theirs)
+
+
+def test_linear_weights_of_all_blocks_are_linear_attention(form):
+    x = placed(drawn(40, block=8, heads=4, groups=2, key=20, value=16))
+    blocks = everything(x, 40, 8)
+    keys, values = (x[n].repeat_interleave(2, 2) for n in "kv")
+    with using(form):
+        close(run(8, 0.5, True)(**{**x, "blocks": blocks}), linear_attention(x["q"], keys, values, scale=0.5)[0])
 
 
 def test_what_is_not_selected_does_not_matter(form):
