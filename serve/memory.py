@@ -113,9 +113,13 @@ class StateMemory:
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
-    def allocate(self, tokens: int, spare: int = 0) -> int | None:
-        """A fresh row with room for `tokens` tokens, or None now. `spare`: pages that must stay free besides."""
-        enough = all(len(free) >= self._needed(every, tokens) + spare for every, free in self._free_pages.items())
+    def allocate(self, tokens: int, spare: bool = False) -> int | None:
+        """A fresh row with room for `tokens` tokens, or None now. spare: a page for each row that may still need one of
+        a kind stays free besides."""
+        enough = all(
+            len(free) >= self._needed(every, tokens) + (self._growing(every) if spare else 0)
+            for every, free in self._free_pages.items()
+        )
         if not self._free_rows or not enough:
             return None
         row = self._free_rows.pop()
@@ -125,6 +129,11 @@ class StateMemory:
         self._owned[row] = {every: [] for every in self.pages}
         self.grow(row, tokens)
         return row
+
+    def _growing(self, every: int) -> int:
+        """Rows that have not all pages of a kind that the longest row needs."""
+        most = self._needed(every, self.max_len)
+        return sum(len(owned[every]) < most for owned in self._owned.values())
 
     def grow(self, row: int, tokens: int) -> bool:
         """Room for `tokens` tokens in `row`; False, and nothing changed, when pages are short."""

@@ -59,7 +59,7 @@ class Scheduler:
         while self.waiting and budget > 0:
             sequence = self.waiting[0]
             # A page for each running sequence stays free, or the newcomer would soon be sent back.
-            sequence.row = self.memory.allocate(len(sequence.tokens), spare=len(self.running))
+            sequence.row = self.memory.allocate(len(sequence.tokens), spare=True)
             if sequence.row is None:
                 break
             self.running.append(self.waiting.popleft())

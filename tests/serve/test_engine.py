@@ -16,6 +16,7 @@ MODELS = {
     "window": ("gqa", {"window": 8}),
     "gated_deltanet": ("gated_deltanet", {}),
     "hybrid": ("decoder", {"pattern": "3*gated_deltanet gqa", "layers": 4}),
+    "spla": ("spla", {}),  # grows by one entry for each token, and for each block
 }
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
