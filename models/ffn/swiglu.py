@@ -1,13 +1,16 @@
 """SwiGLU: a feed-forward layer whose hidden units are gated, y = W_o (silu(W_g x) * W_u x).
 
-arXiv 2002.05202. The two input projections are one matrix.
+arXiv 2002.05202. The two input projections are one matrix. Other activations make the paper's GEGLU and its kin; a norm
+before the last projection keeps its inputs small, as in 2504.12285 (BitNet b1.58).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.norm import RMSNorm
 from models.span import Span
 from models.state import State
 from models.stateful import Place, Stateful
@@ -18,17 +21,33 @@ class SwiGLU(Stateful):
 
     @dataclass(frozen=True)
     class Config:
-        """hidden: gated units, 0 means 8/3 dim rounded up to a multiple of 16 (the parameters of a 4 dim MLP)."""
+        """hidden: gated units, 0 means 8/3 dim rounded up to a multiple of 16 (the parameters of a 4 dim MLP).
+
+        activation: of the gate. hidden_norm: RMSNorm of the hidden units.
+        """
 
         hidden: int = 0
         bias: bool = False
+        activation: Literal["silu", "gelu", "gelu_tanh", "relu2"] = "silu"
+        hidden_norm: bool = False
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
+        self.config = config
         hidden = config.hidden or -(-place.dim * 8 // 3 // 16) * 16
         self.wi = nn.Linear(place.dim, 2 * hidden, bias=config.bias)
         self.wo = nn.Linear(hidden, place.dim, bias=config.bias)
+        self.hidden_norm = RMSNorm(hidden, place.eps) if config.hidden_norm else nn.Identity()
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         gate, up = self.wi(x_BTD).chunk(2, -1)
-        return self.wo(F.silu(gate) * up), state
+        return self.wo(self.hidden_norm(activate(gate, self.config.activation) * up)), state
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """silu, gelu, gelu_tanh (its approximation by tanh) or relu2 (the square of relu, arXiv 2109.08668)."""
+    if name == "silu":
+        return F.silu(x)
+    if name == "relu2":
+        return F.relu(x).square()
+    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")

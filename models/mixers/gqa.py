@@ -15,21 +15,21 @@ import kernels
 from models.config import at_least, parse_part
 from models.layers.norm import RMSNorm
 from models.span import Span
-from models.state import State, TensorSpec, append
+from models.state import State, TensorSpec
 from models.stateful import Place, Stateful
 
 
 class GQA(Stateful):
     family = "attention"
-    keeps = True  # nothing of fixed size to keep
+    keeps = True  # nothing of fixed size to keep, where the cache has nothing
 
     @dataclass(frozen=True)
     class Config:
         """head_dim: 0 means dim / heads. window: tokens seen, 0 for all. scale: of the scores, 0 means head_dim^-0.5.
 
-        positions, scores: a scheme of models/positions, of models/scores. mask: full lets every token see every other,
-        for encoders. qk_norm: RMSNorm of each head's queries and keys. bias: on the projections to q, k and v; out_bias:
-        on the one back.
+        positions, scores, cache: a scheme of models/positions, models/scores, models/caches. mask: full lets every
+        token see every other, for encoders. qk_norm: RMSNorm of each head's queries and keys. bias: on the projections
+        to q, k and v; out_bias: on the one back; out_norm: RMSNorm of what that reads.
         """
 
         heads: int = 4
@@ -43,6 +43,8 @@ class GQA(Stateful):
         qk_norm: bool = False
         bias: bool = False
         out_bias: bool = False
+        out_norm: bool = False
+        cache: str = "full"
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
@@ -57,16 +59,18 @@ class GQA(Stateful):
         scores, scores_config = parse_part(config.scores, "score")
         self.positions = positions(positions_config, self.head_dim, config.heads, place)
         self.scores = scores(scores_config, config.heads, place)
+        cache, cache_config = parse_part(config.cache, "cache")
+        self.cache = cache(cache_config, config.kv_heads, self.head_dim, config.scale or self.head_dim**-0.5)
+        self.keeps = self.keeps and self.cache.keeps
         self.causal = config.mask == "causal"
         self.wqkv = nn.Linear(place.dim, (config.heads + 2 * config.kv_heads) * self.head_dim, bias=config.bias)
         self.wo = nn.Linear(config.heads * self.head_dim, place.dim, bias=config.out_bias)
         self.q_norm = RMSNorm(self.head_dim, place.eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, place.eps) if config.qk_norm else nn.Identity()
+        self.out_norm = RMSNorm(self.wo.in_features, place.eps) if config.out_norm else nn.Identity()
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
-        shape, dtype = (self.config.kv_heads, self.head_dim), self.wo.weight.dtype
-        spec = TensorSpec(shape, dtype, every=1, window=self.config.window)
-        return {"k": spec, "v": spec}
+        return self.cache.state_spec(self.wo.weight.dtype, self.config.window)
 
     def project(self, x_BTD: Tensor, at: Span) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, T, H, K), keys and values (B, T, G, K), normed and told their places."""
@@ -82,7 +86,10 @@ class GQA(Stateful):
         options = {"window": c.window, "mask": c.mask, "slopes_H": self.positions.slopes_H}
         return self.scores(q_BTHK, view, scale=c.scale or None, **options)
 
+    def read(self, x_BTD: Tensor, at: Span, state: State | None) -> tuple[Tensor, State | None]:
+        """Weighted values (B, T, H, K) of what the tokens may read, and the state after."""
+        return self.cache(self.attend, *self.project(x_BTD, at), at, state)
+
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
-        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, at)
-        view, state = append(state, at, k=k_BTGK, v=v_BTGK)
-        return self.wo(self.attend(q_BTHK, view).flatten(2)), state
+        y_BTHK, state = self.read(x_BTD, at, state)
+        return self.wo(self.out_norm(y_BTHK.flatten(2))), state

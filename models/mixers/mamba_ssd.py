@@ -4,7 +4,8 @@
     dt = softplus(. + bias),  A = -exp(log_decay),  out = W_o RMSNorm(y silu(z))
 
 arXiv 2405.21060. x, B and C pass a short causal convolution with SiLU; the heads of a group share B and C. As in the
-released models the norm runs over all heads and comes after the gate; no limits on dt.
+released models the norm runs over all heads and comes after the gate; as in those of Nemotron-H, if asked, over each
+group's alone, and dt has bounds.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ class MambaSSD(Stateful):
 
     @dataclass(frozen=True)
     class Config:
-        """heads: 0 means expand * dim / head_dim. state: rows of a head's memory, N. groups: of heads, sharing B, C."""
+        """heads: 0 means expand * dim / head_dim. state: rows of a head's memory, N. groups: of heads, sharing B, C.
+
+        group_norm: the norm runs over the heads of a group. limits: of dt, the lower alone or both.
+        """
 
         heads: int = 0
         head_dim: int = 64
@@ -35,6 +39,12 @@ class MambaSSD(Stateful):
         groups: int = 1
         conv: int = 4
         expand: int = 2
+        group_norm: bool = False
+        limits: tuple[float, ...] = ()
+
+        @classmethod
+        def tiny(cls) -> "MambaSSD.Config":
+            return cls(groups=2, limits=(0.001, 0.7))
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
@@ -44,6 +54,8 @@ class MambaSSD(Stateful):
             raise ValueError(
                 f"mamba_ssd: expand * dim = {c.expand * place.dim} is no multiple of head_dim={c.head_dim}; give heads"
             )
+        if len(c.limits) > 2 or sorted(c.limits) != list(c.limits):
+            raise ValueError(f"mamba_ssd.limits={c.limits}: give a lower bound of dt, or a lower and an upper one")
         self.config = config
         self.heads = c.heads or c.expand * place.dim // c.head_dim
         if self.heads % c.groups:
@@ -59,7 +71,7 @@ class MambaSSD(Stateful):
         step = torch.empty(self.heads).uniform_(torch.tensor(1e-3).log(), torch.tensor(1e-1).log()).exp()
         self.step_bias = nn.Parameter(step.expm1().log())  # softplus^-1
         self.skip = nn.Parameter(torch.ones(self.heads))
-        self.norm = RMSNorm(inner, 1e-5)
+        self.norm = RMSNorm(inner, place.eps)
         self.wo = nn.Linear(inner, place.dim, bias=False)
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
@@ -89,6 +101,7 @@ class MambaSSD(Stateful):
             x.unflatten(-1, (c.groups, c.state)).repeat_interleave(self.heads // c.groups, 2) for x in (b_BTD, c_BTD)
         )
         dt_BTH = F.softplus(dt_BTH.float() + self.step_bias.float())
+        dt_BTH = dt_BTH.clamp(*c.limits) if c.limits else dt_BTH
         y_BTHV, matrix = kernels.linear_attention(
             c_BTHK,
             b_BTHK,
@@ -99,5 +112,10 @@ class MambaSSD(Stateful):
             keep=at.keep,
         )
         y_BTHV = y_BTHV + self.skip.float()[:, None] * x_BTHV
-        y_BTD = self.norm(y_BTHV.flatten(2) * F.silu(z_BTD.float())).to(x_BTD.dtype)
-        return self.wo(y_BTD), None if state is None else {"conv": tail, "matrix": matrix}
+        y_BTD = y_BTHV.flatten(2) * F.silu(z_BTD.float())
+        if c.group_norm:
+            y_BTGD = kernels.rms_norm(y_BTD.unflatten(-1, (c.groups, -1)), eps=self.norm.eps)
+            y_BTD = y_BTGD.flatten(2) * self.norm.weight
+        else:
+            y_BTD = self.norm(y_BTD)
+        return self.wo(y_BTD.to(x_BTD.dtype)), None if state is None else {"conv": tail, "matrix": matrix}

@@ -26,7 +26,10 @@ class MLA(Stateful):
 
     @dataclass(frozen=True)
     class Config:
-        """latent: width of c. query_latent: of the queries' own, 0: none. nope_dim, rope_dim, value_dim: per head."""
+        """latent: width of c. query_latent: of the queries' own, 0: none. nope_dim, rope_dim, value_dim: per head.
+
+        scale: of the scores, 0 means (nope_dim + rope_dim)^-0.5. eps: of the latents' norms, 0 means the stack's.
+        """
 
         heads: int = 4
         latent: int = 32
@@ -35,6 +38,8 @@ class MLA(Stateful):
         rope_dim: int = 8
         value_dim: int = 16
         positions: str = "rope"
+        scale: float = 0.0
+        eps: float = 0.0
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()
@@ -45,10 +50,10 @@ class MLA(Stateful):
         width = c.heads * (c.nope_dim + c.rope_dim)
         if c.query_latent:
             self.wq_down = nn.Linear(place.dim, c.query_latent, bias=False)
-            self.q_norm = RMSNorm(c.query_latent, place.eps)
+            self.q_norm = RMSNorm(c.query_latent, c.eps or place.eps)
         self.wq = nn.Linear(c.query_latent or place.dim, width, bias=False)
         self.wc = nn.Linear(place.dim, c.latent + c.rope_dim, bias=False)
-        self.c_norm = RMSNorm(c.latent, place.eps)
+        self.c_norm = RMSNorm(c.latent, c.eps or place.eps)
         self.up = nn.Parameter(torch.randn(c.heads, c.nope_dim + c.value_dim, c.latent) * c.latent**-0.5)
         self.wo = nn.Linear(c.heads * c.value_dim, place.dim, bias=False)
 
@@ -64,7 +69,7 @@ class MLA(Stateful):
         c_BTK = self.c_norm(c_BTK)
         r_BT1K = self.positions.key(r_BTK[:, :, None], at)
         up_k_HKN, up_v_HVN = self.up.split([c.nope_dim, c.value_dim], 1)
-        options = {"scale": (c.nope_dim + c.rope_dim) ** -0.5, "slopes_H": self.positions.slopes_H}
+        options = {"scale": c.scale or (c.nope_dim + c.rope_dim) ** -0.5, "slopes_H": self.positions.slopes_H}
         view, state = append(state, at, latent=torch.cat([c_BTK[:, :, None], r_BT1K], -1))
         if state is None:
             k_BTHK = torch.einsum("btn,hkn->bthk", c_BTK, up_k_HKN)

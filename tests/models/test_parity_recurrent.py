@@ -73,7 +73,9 @@ def test_mamba_ssd_is_mamba2(pick):
     ):
         torch.nn.init.uniform_(parameter, low, high)
     options = pick.choice([{"heads": heads}, {"expand": expand}])
-    ours = MambaSSD(MambaSSD.Config(head_dim=head_dim, state=state, groups=groups, conv=conv, **options), Place(dim))
+    ours = MambaSSD(
+        MambaSSD.Config(head_dim=head_dim, state=state, groups=groups, conv=conv, **options), Place(dim, eps=1e-5)
+    )
     names = {
         "wi.weight": theirs.in_proj.weight,
         "conv": theirs.conv1d.weight,

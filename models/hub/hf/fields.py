@@ -1,7 +1,7 @@
 """Reading a checkpoint's config so that nothing in it is passed over in silence."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Fields that say nothing about the numbers a model computes.
@@ -10,6 +10,8 @@ HARMLESS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout", "hidden_dropout",
     "attn_implementation", "_attn_implementation", "return_dict", "output_attentions", "output_hidden_states",
     "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "tokenizer_class",
+    "auto_map", "cache_implementation", "_attn_implementation_autoset", "embd_pdrop", "resid_pdrop",
+    "output_router_logits", "router_aux_loss_coef", "router_jitter_noise",
 }  # fmt: skip
 
 _ABSENT = object()
@@ -30,6 +32,10 @@ class Fields:
                 raise ValueError(f"{self._source}: {name} is missing")
             return default
         return value
+
+    def peek(self, name: str) -> Any:
+        """The value of a field that is still to be taken; None when it is not there."""
+        return self._rest.get(name)
 
     def whole(self, name: str, default: Any = _ABSENT) -> Any:
         """A field that is a whole number of at least 1."""
@@ -58,6 +64,29 @@ class Fields:
             raise ValueError(
                 f"{self._source}: {name}={value!r} is not honoured; it can be {' or '.join(map(repr, allowed))}"
             )
+
+    def window(self, name: str, absent: int = 0) -> int:
+        """A field that is a number of tokens, 0 for null; `absent` when it is not there at all."""
+        return self.whole(name, 0) if name in self._rest else absent
+
+    def cap(self, name: str, absent: float = 0.0) -> float:
+        """A field that bounds logits, 0 for null; `absent` when it is not there at all."""
+        return self.number(name, 0.0) if name in self._rest else absent
+
+    def kinds(self, name: str, layers: int, allowed: Sequence[str], absent: Sequence[str]) -> list[str]:
+        """A field that names the kind of each layer; `absent` when it is not there."""
+        value = self.take(name, None)
+        value = list(absent) if value is None else value
+        if not isinstance(value, list) or len(value) < layers or set(value) - set(allowed):
+            raise ValueError(
+                f"{self._source}: {name}={value!r} must be a list of {layers} of {', '.join(map(repr, allowed))}"
+            )
+        return value[:layers]
+
+    def ignore(self, *names: str) -> None:
+        """Fields that only say how a model of this type is trained or computed, not what."""
+        for name in names:
+            self._rest.pop(name, None)
 
     def inside(self, name: str) -> "Fields | None":
         """A field that holds fields, or None."""
