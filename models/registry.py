@@ -38,6 +38,7 @@ HOSTS = {  # kind of a part -> the decoder's field that it is named in, and how
     "score": ("pattern", "gqa(scores={})"),
     "cache": ("pattern", "gqa(cache={})"),
 }
+_PAPER = r"arXiv[: ](\d{4}\.\d{4,5})"
 _INTERNAL = {"layers", "hub"}  # folders without architectures
 
 
@@ -150,15 +151,15 @@ def tiny_options(cls: type[nn.Module]) -> dict[str, Any]:
 def card(name: str) -> dict[str, Any]:
     """What is known of an architecture without training it.
 
-    name, kind, family; paper: arXiv id; idea: the file's docstring; parameters of the tiny model; options with their
-    defaults; state: each tensor of a tiny row of 1024 tokens; supports: what it is good for.
+    name, kind, family; paper: arXiv id, of a docstring's line that begins with one, else the first; idea: the file's
+    docstring; parameters of the tiny model; options with their defaults; state: each tensor of a tiny row of 1024
+    tokens; supports: what the model, or the one around a part, can do.
     """
     from models.decoder import Decoder
 
     cls, model = lookup(name), build(name)
     text = inspect.getdoc(importlib.import_module(cls.__module__)) or ""
-    paper = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", text)
-    sequence = isinstance(model, Decoder)
+    paper = re.search(_PAPER.replace("arXiv", "^arXiv"), text, re.MULTILINE) or re.search(_PAPER, text)
     return {
         "name": name,
         "kind": kind_of(name),
@@ -169,9 +170,17 @@ def card(name: str) -> dict[str, Any]:
         "options": tuple(f"{field.name}={field.default!r}" for field in dataclasses.fields(cls.Config)),
         "state": tuple(
             f"{key} {'x'.join(map(str, spec.shape)) or 'scalar'}{f' every {spec.every}' if spec.every else ''}"
-            for key, spec in (model.state_spec(1024).items() if sequence else ())
+            for key, spec in (model.state_spec(1024).items() if isinstance(model, Decoder) else ())
         ),
-        "supports": ("train", "serve", "rl")
-        if sequence and model.causal and not model.needs_memory
-        else ("train", "predict"),
+        "supports": supports(model),
     }
+
+
+def supports(model: nn.Module) -> tuple[str, ...]:
+    """train; serve, rl: it goes on from a prompt or an observation; predict: it answers a whole input."""
+    from models.decoder import Decoder
+    from models.model import Model
+
+    if isinstance(model, Decoder) and model.causal and not model.needs_memory:
+        return ("train", "serve", "rl")
+    return ("train", "predict") if type(model).predict is not Model.predict else ("train",)

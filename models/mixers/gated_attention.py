@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.mixers.gqa import GQA
 from models.span import Span
-from models.state import State, append
+from models.state import State
 from models.stateful import Place
 
 
@@ -30,7 +30,6 @@ class GatedAttention(GQA):
         self.wg = nn.Linear(place.dim, width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
-        q_BTHK, k_BTGK, v_BTGK = self.project(x_BTD, at)
-        view, state = append(state, at, k=k_BTGK, v=v_BTGK)
+        y_BTHK, state = self.read(x_BTD, at, state)
         gate_BTH = self.wg(x_BTD).sigmoid().unflatten(-1, (self.config.heads, -1))
-        return self.wo(self.out_norm((gate_BTH * self.attend(q_BTHK, view)).flatten(2))), state
+        return self.wo(self.out_norm((gate_BTH * y_BTHK).flatten(2))), state
