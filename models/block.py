@@ -11,11 +11,15 @@ from models.stateful import Place, Stateful
 
 
 class Block(Stateful):
-    """Built as `Scheme(config, branches, place)`; branches: name -> part, in order, which become submodules."""
+    """Built as `Scheme(config, branches, place)`; branches: name -> part, in order, which become submodules.
+
+    alone: between such blocks the stream is not (B, T, dim), so other schemes cannot stand beside them.
+    """
 
     kind = "block"
     family = "transformer"
     keeps = True  # its parts do
+    alone = False
 
     def __init__(self, config: Stateful.Config, branches: dict[str, Stateful], place: Place) -> None:
         super().__init__()

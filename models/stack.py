@@ -17,46 +17,10 @@ from models.stateful import Absent, Place, Stateful
 Branches = Callable[[Place], dict[str, Stateful]]
 
 
-class Stack(nn.ModuleList):
-    """`layers` blocks of width `dim`; state names are prefixed with the layer.
-
-    pattern, ffn, block: patterns of mixers, ffns and residual schemes; each repeats over the depth.
-    norm, eps: of the blocks' norms. vocab: token classes, for parts that look tokens up.
-    extra: branches of each layer between its mixer and its ffn.
-    adapt: what becomes of a mixer's config before it is built.
-    """
+class Layers(nn.ModuleList):
+    """Blocks that run one after the other, with their state under their numbers."""
 
     recompute = False  # set by a training job: blocks keep their inputs alone (activation checkpointing)
-
-    def __init__(
-        self,
-        pattern: str,
-        ffn: str,
-        block: str,
-        dim: int,
-        layers: int,
-        vocab: int = 0,
-        norm: Norm = "rms",
-        eps: float = 1e-6,
-        extra: Branches | None = None,
-        adapt: Callable[[Any], Any] | None = None,
-    ) -> None:
-        super().__init__()
-        mixers, ffns = parse_pattern(pattern, "mixer"), parse_pattern(ffn, "ffn")
-        schemes = parse_pattern(block, "block")
-        for layer in range(layers):
-            place = Place(dim, layer, layers, vocab, norm, eps)
-            (mixer, mixer_config), (inner, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
-            parts = {
-                "mixer": mixer(adapt(mixer_config) if adapt else mixer_config, place),
-                **(extra(place) if extra else {}),
-                "ffn": inner(ffn_config, place),
-            }
-            scheme, scheme_config = schemes[layer % len(schemes)]
-            branches = {name: part for name, part in parts.items() if not isinstance(part, Absent)}
-            if not branches:
-                raise ValueError(f"layer {layer} has neither a mixer nor an ffn: pattern {pattern!r}, ffn {ffn!r}")
-            self.append(scheme(scheme_config, branches, place))
 
     @property
     def causal(self) -> bool:
@@ -81,6 +45,48 @@ class Stack(nn.ModuleList):
             if after is not None:
                 after |= prefixed(str(layer), part)
         return x_BTD, after
+
+
+class Stack(Layers):
+    """`layers` blocks of width `dim`; state names are prefixed with the layer.
+
+    pattern, ffn, block: patterns of mixers, ffns and residual schemes; each repeats over the depth.
+    norm, eps: of the blocks' norms. vocab: token classes, for parts that look tokens up.
+    extra: branches of each layer between its mixer and its ffn.
+    adapt: what becomes of a mixer's config before it is built.
+    """
+
+    def __init__(
+        self,
+        pattern: str,
+        ffn: str,
+        block: str,
+        dim: int,
+        layers: int,
+        vocab: int = 0,
+        norm: Norm = "rms",
+        eps: float = 1e-6,
+        extra: Branches | None = None,
+        adapt: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__()
+        mixers, ffns = parse_pattern(pattern, "mixer"), parse_pattern(ffn, "ffn")
+        schemes = parse_pattern(block, "block")
+        if len(set(schemes)) > 1 and any(scheme.alone for scheme, _ in schemes):
+            raise ValueError(f"block={block!r}: a scheme of several streams cannot stand beside another")
+        for layer in range(layers):
+            place = Place(dim, layer, layers, vocab, norm, eps)
+            (mixer, mixer_config), (inner, ffn_config) = mixers[layer % len(mixers)], ffns[layer % len(ffns)]
+            parts = {
+                "mixer": mixer(adapt(mixer_config) if adapt else mixer_config, place),
+                **(extra(place) if extra else {}),
+                "ffn": inner(ffn_config, place),
+            }
+            scheme, scheme_config = schemes[layer % len(schemes)]
+            branches = {name: part for name, part in parts.items() if not isinstance(part, Absent)}
+            if not branches:
+                raise ValueError(f"layer {layer} has neither a mixer nor an ffn: pattern {pattern!r}, ffn {ffn!r}")
+            self.append(scheme(scheme_config, branches, place))
 
 
 @torch.no_grad()

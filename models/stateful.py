@@ -37,6 +37,8 @@ class Stateful(nn.Module):
     kind:   what the registry files it under.
     family: of the catalogue.
     causal: earlier outputs never depend on later tokens. What is not causal is not served as a language model.
+    exact:  earlier outputs are bit-equal whatever comes later; False: equal to rounding, where tokens are multiplied
+            together whose number depends on what they are.
     keeps:  forward itself answers `at.keep` (its kernels do); others are walked token by token, which is slow and
             always right.
     """
@@ -44,6 +46,7 @@ class Stateful(nn.Module):
     kind = "mixer"
     family = ""
     causal = True
+    exact = True
     keeps = False
 
     @dataclass(frozen=True)

@@ -3,8 +3,8 @@
     p = softmax(W_r x);  y = sum over the `selected` largest p_i of p_i kind_i(x)
     balance loss = kinds * sum_i (share of tokens given to i) * (mean of p_i)
 
-After switch routing (arXiv 2101.03961) and mixture of attention heads (2210.05144), whose experts are heads of one
-kind; here an expert is any mixer, told by name. Every kind reads every token: a recurrence would have holes, and a
+After mixture of attention heads (arXiv 2210.05144), whose experts are heads of one kind, and switch routing
+(2101.03961); here an expert is any mixer, told by name. Every kind reads every token: a recurrence would have holes, and a
 cache cannot know what a later token asks for. So a choice says whose answer a token takes, and saves no computation.
 """
 

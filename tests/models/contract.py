@@ -6,6 +6,7 @@ They are generated over the registry in test_contract.py and turned against plan
 import dataclasses
 import random
 import typing
+from contextlib import contextmanager
 
 import torch
 
@@ -13,11 +14,18 @@ import models
 from models import registry
 from models.config import make_config, to_text
 from models.decoder import Decoder
+from models.layers.choice import Choice
 from models.state import Pages, fork, put, restore, select, snapshot, take
-from models.stateful import Place
+from models.stateful import Place, Stateful
 
 TOKENS = 23
-OTHER_PARTS = {"positions": ["nope"], "scores": ["ssmax"]}  # of options that name a part
+TIE = 1e-5  # scores closer than this may change places by rounding
+OTHER_PARTS = {
+    "positions": ["nope"],
+    "scores": ["ssmax"],
+    "pattern": ["lstm"],
+    "ffn": ["channel_mix"],
+}  # of options that name a part
 
 
 def same(a, b, tolerance=1e-4, what=""):
@@ -206,14 +214,15 @@ def spec_is_true(decoder, seed):
 
 
 def no_future_leak(decoder, seed):
-    """Changing later tokens leaves earlier outputs bit-equal."""
+    """Changing later tokens leaves earlier outputs bit-equal, or equal to rounding if a part says so."""
+    exact = all(part.exact for part in decoder.modules() if isinstance(part, Stateful))
     ids = tokens(decoder, 2, TOKENS, seed)
     base, _ = decoder.logits(ids)
     for cut in (1, 7, TOKENS - 1):
         other = ids.clone()
         other[:, cut:] = (other[:, cut:] + 1) % decoder.config.vocab
         changed, _ = decoder.logits(other)
-        assert torch.equal(changed[:, :cut], base[:, :cut]), f"tokens from {cut} on changed earlier outputs"
+        same(changed[:, :cut], base[:, :cut], 0 if exact else 2e-6, f"tokens from {cut} on changed earlier outputs")
         assert not torch.equal(changed[:, cut:], base[:, cut:])
 
 
@@ -238,17 +247,68 @@ def every_parameter_learns(decoder, seed):
     for parameter in decoder.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
-    total, _ = decoder(decoder.example(3, seed))
-    total.backward()
+    for training in (True, False):  # further losses are of training, routing without capacity is not
+        total, _ = decoder.train(training)(decoder.example(3, seed))
+        total.backward()
     for name, parameter in decoder.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, f"no gradient for {name}"
 
 
+class Decisions:
+    """What the `Choice` modules of a decoder decided, in order."""
+
+    def __init__(self):
+        self.made = []  # (scores, count, chosen)
+
+    def record(self, module, inputs, chosen):
+        self.made.append((*inputs, chosen))
+
+    def gap(self):
+        """Between what was last chosen and what was first left out, the smallest of all decisions."""
+        gaps = [float("inf")]
+        for scores, count, _ in self.made:
+            if count < scores.shape[-1]:
+                last, left_out = scores.sort(-1, descending=True).values[..., count - 1 : count + 1].unbind(-1)
+                real = last > torch.finfo(scores.dtype).min  # what is masked was not up for a decision
+                gaps += (last - left_out)[real].tolist()
+        return min(gaps)
+
+    @contextmanager
+    def watch(self, decoder, hook=None):
+        """Record the decisions of the calls inside, or hook them."""
+        hooks = [m.register_forward_hook(hook or self.record) for m in decoder.modules() if isinstance(m, Choice)]
+        try:
+            yield self
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    def replayed(self, decoder):
+        """Decisions of the calls inside are those recorded, one after the other."""
+        left = iter(self.made)
+        return self.watch(decoder, lambda module, inputs, chosen: next(left)[-1])
+
+
+def settled(check, decoder, seed):
+    """Run a check of two paths; with another seed where it fails and a decision was so close that rounding took it."""
+    for attempt in range(4):
+        decisions = Decisions()
+        try:
+            with decisions.watch(decoder):
+                return check(decoder, seed + attempt)
+        except AssertionError:
+            if decisions.gap() > TIE or attempt == 3:
+                raise
+
+
 def low_precision(decoder, seed):
-    """bf16 stays close to fp32."""
-    ids = tokens(decoder, 2, TOKENS, seed)
-    expected, _ = decoder.logits(ids)
-    low, state = decoder.bfloat16().logits(ids, decoder.init_state(2, TOKENS))
+    """bf16 stays close to fp32, decisions replayed: they may fall otherwise where scores are close."""
+    ids, decisions = tokens(decoder, 2, TOKENS, seed), Decisions()
+    with decisions.watch(decoder):
+        expected, _ = decoder.logits(ids, decoder.init_state(2, TOKENS))
+    decoder.bfloat16()
+    with decisions.replayed(decoder):
+        low, _ = decoder.logits(ids, decoder.init_state(2, TOKENS))
     assert low.dtype == torch.bfloat16
     error = (low.float() - expected).norm() / expected.norm()
     decoder.float()
@@ -286,22 +346,46 @@ CHECKS = (
 )
 
 
+def documents_and_padding_apart(decoder, seed):
+    """In one pass packed documents, with padding anywhere, equal the same documents alone."""
+    ids, segments = tokens(decoder, 2, TOKENS, seed), documents(2, TOKENS, seed)
+    whole = real(decoder.logits(ids, None, segments)[0], segments)
+    for row in range(2):
+        for document in segments[row].unique().tolist():
+            if document >= 0:
+                own = segments[row] == document
+                same(whole[row, own], decoder.logits(ids[row : row + 1, own])[0][0], what="packed")
+
+
+def future_is_seen(decoder, seed):
+    """What says that it is not causal is not: the first output knows the last token."""
+    ids = tokens(decoder, 2, TOKENS, seed)
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % decoder.config.vocab
+    assert not torch.equal(decoder.logits(other)[0][:, 0], decoder.logits(ids)[0][:, 0])
+
+
+SEES_AHEAD = (documents_and_padding_apart, future_is_seen, every_parameter_learns, low_precision, compiles)
+
+
 def live_options(cls, kind):
-    """Every field of a part's Config changes shapes or outputs; returns the names of those that do not."""
+    """Every field of a part's Config changes shapes, outputs or the loss; returns the names of those that do not."""
     hints = typing.get_type_hints(cls.Config)
     tiny, base = registry.tiny_options(cls), _signature(cls, kind, {})
     dead = []
     for field in dataclasses.fields(cls.Config):
+        found = []  # whether each value that can be built changed anything
         for value in _other_values(tiny.get(field.name, field.default), hints[field.name], field.name):
             try:
                 changed = _signature(cls, kind, {field.name: value})
             except ValueError:
                 continue  # not allowed beside the other defaults; try the next
-            if changed[0] == base[0] and torch.equal(changed[1], base[1]):
-                dead.append(field.name)
-            break
-        else:
-            raise AssertionError(f"no other value of {field.name} could be built")
+            found.append(changed[0] != base[0] or not torch.equal(changed[1], base[1]))
+            if found[-1]:
+                break
+        assert found, f"no other value of {field.name} could be built"
+        if not any(found):
+            dead.append(field.name)
     return dead
 
 
@@ -322,17 +406,23 @@ def _other_values(value, hint, name):
 
 
 def _signature(cls, kind, options):
-    """Shapes of parameters and state, and outputs, of a decoder around the part, its weights redrawn from one seed."""
-    decoder = decoder_around(cls, kind, options)
+    """Shapes of parameters and state, and numbers, of a decoder around the part, its weights redrawn from one seed.
+
+    The numbers are outputs, and the loss in training after steps that move all but the weights.
+    """
+    decoder = decoder_around(cls, kind, options, layers=2)  # some parts differ from layer to layer
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         axes = getattr(cls, "axes", 1)
         places = torch.randint(TOKENS, (2, TOKENS, axes), generator=generator) if axes > 1 else None
-        logits, _ = decoder.logits(tokens(decoder, 2, TOKENS, 3), places_BTA=places)
+        logits, _ = decoder.eval().logits(tokens(decoder, 2, TOKENS, 3), places_BTA=places)
+        for _ in range(3):
+            total, _ = decoder.train()(decoder.example(2, 3))
+            decoder.after_step()
     shapes = {name: parameter.shape for name, parameter in decoder.named_parameters()}
-    return (shapes, decoder.state_spec(TOKENS)), logits
+    return (shapes, decoder.state_spec(TOKENS)), torch.cat([logits.flatten(), total[None]])
 
 
 def decoder_around(cls, kind, options, layers=1):
@@ -351,3 +441,8 @@ def decoder_around(cls, kind, options, layers=1):
 def parts():
     """(name, kind) of everything the suites are generated over."""
     return [(name, kind) for kind in registry.HOSTS for name in registry.names(kind=kind)]
+
+
+def ahead():
+    """Names of the mixers and ffns that say they see later tokens."""
+    return [name for name, kind in parts() if kind in ("mixer", "ffn") and not registry.lookup(name).causal]

@@ -14,8 +14,9 @@ from models.mixers.gated_deltanet import GatedDeltaNet
 from models.state import select
 
 # Parts as they come, and the options that change what is remembered.
+AHEAD = contract.ahead()
 SUBJECTS = (
-    [name for name, _ in contract.parts()]
+    [name for name, _ in contract.parts() if name not in AHEAD]
     + models.names(kind="pattern")
     + ["gqa(window=6)", "3*gated_deltanet gqa(window=7,qk_norm=True)"]
 )
@@ -48,13 +49,19 @@ def test_state(subject, check, memory, seed):
     decoder = build(subject)
     state_of = MEMORIES[memory]
     with torch.no_grad():
-        check(decoder, seed, (lambda d, rows, max_len: state_of(d, rows, max_len)))
+        contract.settled(partial(check, state_of=state_of), decoder, seed)
 
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_part(subject, check, seed):
-    check(build(subject), seed)
+    contract.settled(check, build(subject), seed)
+
+
+@pytest.mark.parametrize("check", contract.SEES_AHEAD, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("subject", AHEAD)
+def test_part_that_sees_ahead(subject, check, seed):
+    contract.settled(check, build(subject), seed)
 
 
 @pytest.mark.parametrize("name,kind", contract.parts())
@@ -62,7 +69,7 @@ def test_every_option_is_live(name, kind):
     assert contract.live_options(registry.lookup(name), kind) == []
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("subject", SUBJECTS + AHEAD)
 def test_example_is_learnt(subject):
     decoder = build(subject).train()
     optimizer = torch.optim.Adam(decoder.parameters(), 3e-3)
