@@ -7,9 +7,9 @@ before the last projection keeps its inputs small, as in 2504.12285 (BitNet b1.5
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.activation import activate
 from models.layers.norm import RMSNorm
 from models.span import Span
 from models.state import State
@@ -42,12 +42,3 @@ class SwiGLU(Stateful):
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         gate, up = self.wi(x_BTD).chunk(2, -1)
         return self.wo(self.hidden_norm(activate(gate, self.config.activation) * up)), state
-
-
-def activate(x: Tensor, name: str) -> Tensor:
-    """silu, gelu, gelu_tanh (its approximation by tanh) or relu2 (the square of relu, arXiv 2109.08668)."""
-    if name == "silu":
-        return F.silu(x)
-    if name == "relu2":
-        return F.relu(x).square()
-    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")

@@ -10,21 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from models.layers.activation import activate
 
 Activation = Literal["swiglu", "geglu", "relu", "relu2"]
 
 
-def activate(h: Tensor, activation: Activation) -> Tensor:
-    """Hidden units of what the first projection gives; the gated kinds need two numbers for each, gates first."""
-    if activation in ("swiglu", "geglu"):
-        gate, up = h.chunk(2, -1)
-        return (F.silu(gate) if activation == "swiglu" else F.gelu(gate)) * up
-    return F.relu(h) if activation == "relu" else F.relu(h).square()
+GATES = {"swiglu": "silu", "geglu": "gelu"}  # gated kinds, which need two numbers for each hidden unit
+
+
+def units(h: Tensor, activation: Activation) -> Tensor:
+    """Hidden units of what the first projection gives, gates first."""
+    if activation not in GATES:
+        return activate(h, activation)
+    gate, up = h.chunk(2, -1)
+    return activate(gate, GATES[activation]) * up
 
 
 def inner(hidden: int, activation: Activation) -> int:
     """Width of the first projection."""
-    return 2 * hidden if activation in ("swiglu", "geglu") else hidden
+    return 2 * hidden if activation in GATES else hidden
 
 
 class Dense(nn.Module):
@@ -37,7 +41,7 @@ class Dense(nn.Module):
         self.wo = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.wo(activate(self.wi(x), self.activation))
+        return self.wo(units(self.wi(x), self.activation))
 
 
 class Experts(nn.Module):
@@ -55,7 +59,7 @@ class Experts(nn.Module):
     def products(self, x_MD: Tensor, counts_E: Tensor) -> Tensor:
         """y (M, D): the first counts[0] rows through expert 0, the next counts[1] through expert 1, and so on."""
         h_MF = kernels.grouped_matmul(x_MD.to(self.wi.dtype), self.wi, counts_E)
-        return kernels.grouped_matmul(activate(h_MF, self.activation), self.wo, counts_E)
+        return kernels.grouped_matmul(units(h_MF, self.activation), self.wo, counts_E)
 
     def forward(
         self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, *, some: bool = False, weigh_input: bool = False

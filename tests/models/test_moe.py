@@ -24,7 +24,7 @@ from models.ffn.moe import MoE
 from models.ffn.moe_v2 import MoEV2
 from models.ffn.soft_moe import SoftMoE
 from models.ffn.switch_moe import SwitchMoE
-from models.layers.experts import Experts, activate
+from models.layers.experts import Experts, units
 from models.span import Span
 from models.stateful import Place
 
@@ -380,7 +380,7 @@ def test_experts_choose_evenly_within_a_row(pick):
 
 
 def _expert(experts, x, e):
-    return activate(x @ experts.wi[e], experts.activation) @ experts.wo[e]
+    return units(x @ experts.wi[e], experts.activation) @ experts.wo[e]
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu", "relu2"])
