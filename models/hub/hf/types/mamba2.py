@@ -20,6 +20,7 @@ def read(f: Fields) -> Checkpoint:
     if not numbers or not 0 <= limits[0] <= limits[1] or limits[0] == math.inf:
         raise ValueError(f"config.json: time_step_limit={limits!r} must be two numbers from 0 up, in order")
     f.ignore("time_step_min", "norm_before_gate", "rms_norm")
+    f.only("rescale_prenorm_residual", False)  # transformers divides the weights it loads where it is true
     bounds = tuple(float(x) for x in limits if x < math.inf)
     mixer = mamba(f, limits=() if bounds == (0.0,) else bounds)
     if mixer.heads * mixer.head_dim != dim * f.whole("expand", 2):
