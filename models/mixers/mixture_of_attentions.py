@@ -4,8 +4,9 @@
     balance loss = kinds * sum_i (share of tokens given to i) * (mean of p_i)
 
 After mixture of attention heads (arXiv 2210.05144), whose experts are heads of one kind, and switch routing
-(2101.03961); here an expert is any mixer, told by name. Every kind reads every token: a recurrence would have holes, and a
-cache cannot know what a later token asks for. So a choice says whose answer a token takes, and saves no computation.
+(2101.03961); here an expert is any mixer, told by name. Every kind reads every token: a recurrence would have holes,
+and a cache cannot know what a later token asks for. So a choice says whose answer a token takes, and saves no
+computation.
 """
 
 from dataclasses import dataclass

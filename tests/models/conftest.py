@@ -1,5 +1,6 @@
 """What the tests of parts share: random sizes from a seed that is printed when a test fails, and comparing."""
 
+import os
 import random
 
 import pytest
@@ -11,8 +12,22 @@ import transformers.integrations
 transformers.integrations.use_kernel_func_from_hub_with_fallback = lambda *names: lambda function: function
 
 
+DRAWS = int(os.environ.get("DRAWS", "1"))  # of each test that draws its sizes; `make slow` asks for more
+
+
+def pytest_generate_tests(metafunc):
+    if "pick" in metafunc.fixturenames and DRAWS > 1:
+        metafunc.parametrize("draw", range(DRAWS))
+
+
 @pytest.fixture
-def pick():
+def draw():
+    """The number of the draw; there is one unless DRAWS says more."""
+    return 0
+
+
+@pytest.fixture
+def pick(draw):
     """Random choices; torch draws from the same seed."""
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")

@@ -23,6 +23,7 @@ TIE = 1e-5  # scores closer than this may change places by rounding
 OTHER_PARTS = {
     "positions": ["nope"],
     "scores": ["ssmax"],
+    "cache": ["kv_compression(budget=8)"],
     "pattern": ["lstm"],
     "ffn": ["channel_mix"],
 }  # of options that name a part

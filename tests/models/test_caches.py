@@ -10,7 +10,7 @@ import models
 from models.caches.full import Full
 from models.caches.kv_compression import KVCompression
 from models.config import make_config
-from models.span import Span
+from models.span import Span, localize
 from models.state import bytes_per_row, bytes_per_token
 from serve.engine import Engine
 from serve.sampler import Sampling
@@ -233,6 +233,27 @@ def test_a_prompt_within_the_budget_is_one_attention():
         cache(attend, x[:, :length], x[:, :length], x[:, :length], at, fresh(cache, 1))
         assert calls == widths
         calls.clear()
+
+
+@torch.no_grad()
+def test_compiled_calls_drop_alike(pick):
+    """One graph, although it cannot know which tokens drop others; with documents, padding and a carried row."""
+    torch.compiler.reset()
+    cache = cache_of(budget=pick.choice([4, 9]), bits=pick.choice([16, 4]))
+    q, k, v = torch.randn(2, 28, 4, 16), torch.randn(2, 28, 2, 16), torch.randn(2, 28, 2, 16)
+    _, state = feed(cache, q, k, v)
+    compiled = torch.compile(cache, backend="eager", fullgraph=True)
+    length_B = torch.tensor([28, 28])
+    for segments in (None, documents(2, 4, pick.randrange(1 << 30))):
+        if segments is None:
+            at = Span(torch.arange(28, 32).expand(2, -1), length_B=length_B)
+        else:
+            local, positions = localize(segments, length_B, torch.zeros_like(length_B))
+            at = Span(positions, segments_BT=local, length_B=length_B)
+        new = (torch.randn(2, 4, heads, 16) for heads in (4, 2, 2))
+        call = (kernels.attention, *new, at, state)
+        for ours, theirs in zip(compiled(*call), cache(*call)):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("option,word", [("budget=3", "budget"), ("bits=3", "16 or 8"), ("policy=lru", "sliding")])

@@ -23,12 +23,12 @@ SUBJECTS = (
 MEMORIES = {"contiguous": Decoder.init_state, "paged": partial(contract.paged, size=4)}
 
 
-def build(subject):
+def build(subject, **sizes):
     torch.manual_seed(0)
     if subject in models.names():
-        decoder = models.build(subject)
+        decoder = models.build(subject, **sizes)
     else:
-        decoder = models.build("decoder", pattern=subject, layers=4 if "*" in subject else 2)
+        decoder = models.build("decoder", **{"pattern": subject, "layers": 4 if "*" in subject else 2, **sizes})
     for parameter in decoder.parameters():
         if not parameter.any():  # what starts at zero would hide what it multiplies
             torch.nn.init.normal_(parameter, std=0.1)
@@ -56,6 +56,21 @@ def test_state(subject, check, memory, seed):
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_part(subject, check, seed):
     contract.settled(check, build(subject), seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_at_other_sizes(subject, seed, monkeypatch):
+    """Deeper, wider, longer, on both memories, several draws of each check."""
+    monkeypatch.setattr(contract, "TOKENS", 71)
+    decoder = build(subject, dim=96, layers=5)
+    for draw in range(seed, seed + 3):
+        for check in contract.ON_ANY_MEMORY:
+            for state_of in MEMORIES.values():
+                with torch.no_grad():
+                    contract.settled(partial(check, state_of=state_of), decoder, draw)
+        for check in (contract.documents_apart, contract.rows_move, contract.no_future_leak):
+            contract.settled(check, decoder, draw)
 
 
 @pytest.mark.parametrize("check", contract.SEES_AHEAD, ids=lambda check: check.__name__)

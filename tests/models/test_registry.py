@@ -1,14 +1,19 @@
 """Names, parts as text, and mistakes that get one clear line."""
 
+import json
 import subprocess
 import sys
+import time
 
 import pytest
 
 import models
 from models import registry
+from models.__main__ import main
 from models.config import from_json, parse_part, parse_pattern, to_json, to_text
 from models.decoder import Decoder
+from models.model import Model
+from serve.engine import Engine
 
 
 def test_names_are_file_stems():
@@ -21,6 +26,36 @@ def test_every_name_builds_and_has_a_card(name):
     card = models.card(name)
     assert card["parameters"] > 0 and card["family"] and len(card["idea"]) > 40
     assert registry.name_of(registry.lookup(name)) == name
+    if card["paper"]:  # an arXiv id is a year, a month and a number
+        month, number = card["paper"].split(".")
+        assert 1991 <= 2000 + int(month[:2]) <= 2026 and 1 <= int(month[2:]) <= 12, card["paper"]
+        assert len(number) == (4 if int(month) < 1501 else 5), card["paper"]
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_a_card_says_what_the_model_can(name):
+    """What is said to serve is taken by an engine, nothing else is; what is said to predict has its own way."""
+    model, card = models.build(name), models.card(name)
+    if "serve" in card["supports"]:
+        assert card["supports"] == ("train", "serve", "rl") and card["state"]
+        Engine(model, max_rows=1, max_len=16)
+    else:
+        assert card["supports"] in [("train", "predict"), ("train",)]
+        assert ("predict" in card["supports"]) == (type(model).predict is not Model.predict)
+        with pytest.raises(ValueError):
+            Engine(model, max_rows=1, max_len=16)
+
+
+def test_parts_support_what_their_model_does():
+    said = {name: models.card(name)["supports"] for name in ("ssmax", "full", "soft_moe", "encoder_decoder", "gan")}
+    assert said["ssmax"] == said["full"] == ("train", "serve", "rl")
+    assert said["soft_moe"] == said["encoder_decoder"] == said["gan"] == ("train", "predict")
+
+
+def test_the_paper_of_a_card_is_the_one_that_introduces_it():
+    """Not the first that is mentioned, where a line of its own names it."""
+    assert models.card("rope")["paper"] == "2104.09864" and models.card("gqa")["paper"] == "2305.13245"
+    assert models.card("lm")["paper"] is None
 
 
 def test_overrides_find_their_place():
@@ -80,6 +115,37 @@ def test_command():
     assert card.returncode == 0 and "2305.13245" in card.stdout and "window=0" in card.stdout
     wrong = subprocess.run([sys.executable, "-m", "models", "gpa"], capture_output=True, text=True)
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+
+
+def test_the_list_fits_a_screen_and_is_quick():
+    """Every name whole on a line of its own, of at most 100 columns, also when nothing is a terminal."""
+    begin = time.monotonic()
+    listing = subprocess.run([sys.executable, "-m", "models"], capture_output=True, text=True)
+    assert time.monotonic() - begin < 60  # 3 s on an idle machine
+    lines = listing.stdout.splitlines()
+    assert max(map(len, lines)) <= 100
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1 : lines.index("")]}
+    assert sorted(rows) == models.names() == list(rows)
+    assert rows["rope"][:3] == ["position", "positions", "2104.09864"] and rows["gan"][-2:] == ["train", "predict"]
+
+
+def test_the_list_can_be_cut_and_read_by_programs(capsys):
+    main(["--family", "meta", "--kind", "ffn", "--json"])
+    cards = json.loads(capsys.readouterr().out)
+    assert [card["name"] for card in cards] == models.names("meta", "ffn") and len(cards) > 2
+    main(["gqa", "--json"])
+    card = json.loads(capsys.readouterr().out)
+    assert card == json.loads(json.dumps(models.card("gqa")))
+    main(["gqa"])
+    assert "https://arxiv.org/abs/2305.13245" in capsys.readouterr().out
+    for words, said in (
+        (["--kind", "mixxer"], "mixer"),
+        (["--family", "metta"], "meta"),
+        (["gqa", "--kind", "ffn"], "one architecture"),
+    ):
+        with pytest.raises(SystemExit, match=said) as error:
+            main(words)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
