@@ -21,8 +21,9 @@ demo: .venv/ready  ## pretrain a small hybrid with `ray job submit`, serve it, p
 test: .venv/ready  ## every test that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --no-loadscope-reorder
 
-slow: .venv/ready  ## larger shapes and longer runs
-	$(BIN)/python -m pytest -m slow
+slow: .venv/ready  ## larger shapes and longer runs, and more draws of the sizes at which parity is tested
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
+	OMP_NUM_THREADS=1 DRAWS=8 $(BIN)/python -m pytest tests/models --ignore tests/models/test_contract.py -m 'not slow' -n 2
 
 bench: .venv/ready  ## the kernels on this machine: correct, how fast, how far from the limits; OPS="attention rnn" picks
 	$(BIN)/python -m kernels.bench $(OPS)

@@ -23,6 +23,7 @@ from jobs.data.loader import Loader
 from jobs.engine import Engine, TorchEngine, sum_over_ranks, world
 from jobs.phases import Phases
 from jobs.record import HEADLINES, Recorder, read
+from models.decoder import Decoder
 from models.stack import Stack
 
 EVAL_ROWS = 8  # of one forward; fixed, so that the sum is the same, bit for bit, on any number of ranks
@@ -96,7 +97,8 @@ def train(
     engine = make_engine(job, model, device)
     place = checkpoint.load(run, engine)
     tokenizer = storage.read(prepared.tokenizer).decode() if prepared.tokenizer else ""
-    bytes_C = tokenizers.token_bytes(tokenizers.parse(tokenizer)) if tokenizer else None
+    codes = tokenizer and isinstance(model, Decoder)  # an encoder's loss is no length of a code of the text
+    bytes_C = tokenizers.token_bytes(tokenizers.parse(tokenizer)) if codes else None
     index, held_out = index_of(prepared, "train", job.length, job.seed), index_of(prepared, "val", job.length)
     size = f"{index.tokens / 1e6:.2f} M tokens" if tokenizer else f"{index.samples_per_epoch:,} rows"
     say = say if rank == 0 else lambda line: None
@@ -129,7 +131,7 @@ def train(
                 items = record.pop("items")
                 speed = job.batch * job.length / seconds
                 line = {"step": step, **record}
-                if tokenizer:
+                if bytes_C is not None:
                     line["bits_per_byte"] = record["loss"] * items / math.log(2) / max(bytes_, 1)
                 unit = "tokens" if tokenizer else "rows"
                 line |= {"lr": lr, unit: step * job.batch * job.length, f"{unit}_per_s": speed, "seconds": seconds}

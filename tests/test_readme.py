@@ -44,11 +44,11 @@ def test_make_demo_in_short(environment):
 
 def test_train_serve_and_ask(environment):
     trainings = [command for command in COMMANDS if command.startswith("python -m jobs.pretrain")]
-    assert len(trainings) == 2
+    assert len(trainings) == 3
     for command in trainings:
         run(command, environment)
     for command in COMMANDS:
-        if command.startswith(("python -m jobs.evaluate", "python -m models", "python -m kernels")):
+        if command.startswith(("python -m jobs.e", "python -m jobs.c", "python -m models", "python -m kernels")):
             run(command, environment)
     serving = next(command for command in COMMANDS if command.startswith("serve run"))
     server = subprocess.Popen(

@@ -8,19 +8,14 @@ arXiv 1706.03762, with GELU (1606.08415) in BERT's family.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.layers.activation import activate
 from models.span import Span
 from models.state import State
 from models.stateful import Place, Stateful
 
 Activation = Literal["gelu", "gelu_tanh", "relu"]
-
-
-def activate(x: Tensor, name: Activation) -> Tensor:
-    """gelu, gelu_tanh (its approximation by tanh) or relu."""
-    return F.relu(x) if name == "relu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
 class MLP(Stateful):

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers.integrations
 
-# References run transformers' own torch code: with fla installed it would call kernels that need a GPU. Its modules look
-# for them when they are imported, which is after this file.
+# References run transformers' own torch code: with fla installed it would call kernels that need a GPU. Its modules
+# look for them when they are imported, which is after this file.
 transformers.integrations.use_kernel_func_from_hub_with_fallback = lambda *names: lambda function: function
 
 

@@ -126,7 +126,7 @@ def ragged_rows(decoder, seed, state_of=Decoder.init_state):
 def documents_apart(decoder, seed):
     """Packed documents equal the same documents alone, also when the second begins inside a carried row."""
     ids = tokens(decoder, 1, TOKENS, seed)
-    segments = torch.tensor([[4] * 9 + [7] * 5 + [2] * 9])
+    segments = torch.tensor([[4] * 9 + [7] * 5 + [2] * (TOKENS - 14)])
     whole, _ = decoder.logits(ids, None, segments)
     carried, _ = in_chunks(decoder, ids, [5, 12], decoder.init_state(1, TOKENS), segments)
     for start, end in ((0, 9), (9, 14), (14, TOKENS)):

@@ -1,7 +1,5 @@
 """Residual schemes: hyper-connections against DeepSeek-V4, and what the place of a norm does to gradients by depth."""
 
-import random
-
 import contract
 import pytest
 import torch
@@ -16,14 +14,6 @@ from models.stack import Stack
 from models.stateful import Place
 
 PLACEMENTS = ("pre", "post", "inner", "sandwich", "peri", "parallel", "first", "two_hop")
-
-
-@pytest.fixture
-def pick():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def close(ours, theirs, tolerance=1e-5, what="output"):

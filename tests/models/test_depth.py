@@ -1,7 +1,6 @@
 """Depth by token: what mixtures of depths, of recursions and of expert depths promise; hybrids against Nemotron-H."""
 
 import math
-import random
 from dataclasses import replace
 
 import contract
@@ -20,14 +19,6 @@ from models.patterns.mor import MoR
 from models.span import Span, localize
 
 DEPTHS = ("mixture_of_depths", "mor", "moed", "hybrid")
-
-
-@pytest.fixture
-def pick():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def close(ours, theirs, tolerance=1e-5, what="output"):

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import math
-import random
 from functools import partial
 
 import contract
@@ -42,14 +41,6 @@ from models.mixers.rwkv import RWKV
 from models.mixers.rwkv6 import RWKV6
 from models.span import Span
 from models.stateful import Place
-
-
-@pytest.fixture
-def pick():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def at(rows, tokens, start=0):

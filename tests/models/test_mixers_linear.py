@@ -1,7 +1,5 @@
 """The linear attention family against independent implementations, and each one's idea as a property that needs it."""
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,14 +23,6 @@ from models.mixers.retnet import RetNet
 from models.mixers.retnet_v2 import RetNetV2
 from models.span import Span
 from models.stateful import Place
-
-
-@pytest.fixture
-def pick():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def close(ours, theirs, tolerance=1e-5, what="output"):

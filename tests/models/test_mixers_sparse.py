@@ -30,14 +30,6 @@ from models.span import Span, localize
 from models.stateful import Place
 
 
-@pytest.fixture
-def pick():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
 def close(ours, theirs, tolerance=1e-5):
     error = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6)
     assert error < tolerance, f"relative error {error:.2e}"

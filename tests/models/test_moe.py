@@ -1,7 +1,6 @@
 """Mixtures of experts against independent implementations, and what each of them promises."""
 
 import math
-import random
 import socket
 from dataclasses import replace
 
@@ -27,14 +26,6 @@ from models.ffn.switch_moe import SwitchMoE
 from models.layers.experts import Experts, units
 from models.span import Span
 from models.stateful import Place
-
-
-@pytest.fixture
-def pick():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def close(ours, theirs, tolerance=1e-5, what="output"):

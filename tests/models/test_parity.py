@@ -1,7 +1,5 @@
 """Parity with independent implementations: their random weights in our parts, the same outputs and gradients."""
 
-import random
-
 import pytest
 import torch
 from transformers import DeepseekV3Config, LlamaConfig, LlamaForCausalLM, MistralConfig
@@ -16,14 +14,6 @@ from models.mixers.mla import MLA
 from models.mixers.sliding_window import SlidingWindow
 from models.span import Span
 from models.stateful import Place
-
-
-@pytest.fixture
-def pick():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
 
 
 def close(ours, theirs, tolerance=1e-5):

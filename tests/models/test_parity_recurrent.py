@@ -18,14 +18,6 @@ from models.span import Span
 from models.stateful import Place
 
 
-@pytest.fixture
-def pick():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
-    return random.Random(seed)
-
-
 def close(ours, theirs, tolerance=2e-5, what="output"):
     error = (ours.double() - theirs.double()).abs().max() / theirs.abs().max().clamp(min=1e-6)
     assert error < tolerance, f"{what}: relative error {error:.2e}"

@@ -33,7 +33,9 @@ def policy(name):
     "name", [name for name in ROWS if models.build(name).causal and not models.build(name).needs_memory]
 )
 def test_it_steps_in_an_environment(cluster, name):
-    run = Run(env=ENVS.get(name, "CartPole-v1"), runners=0, rows=3, batch=100, minibatch=100, epochs=1, model=policy(name))
+    run = Run(
+        env=ENVS.get(name, "CartPole-v1"), runners=0, rows=3, batch=100, minibatch=100, epochs=1, model=policy(name)
+    )
     algo = configure(run).build_algo()
     learner = algo.learner_group._learner
     module = learner.module[DEFAULT_MODULE_ID]
