@@ -9,11 +9,11 @@ from jobs.optim import Optim
 from models import registry
 from models.decoder import Decoder
 
-SIZES = {"vocab": 512, "dim": 32, "layers": 2}
+SIZES = {"vocab": 512, "dim": 32}  # an architecture brings as many layers as it needs
 
 
 def recipe(architecture: str = "") -> Job:
-    hybrid = Decoder.Config(**SIZES, pattern="gated_deltanet gqa")
+    hybrid = Decoder.Config(**SIZES, layers=2, pattern="gated_deltanet gqa")
     return Job(
         name=f"tiny-{architecture}" if architecture else "tiny",
         model=registry.config_of(architecture, **SIZES) if architecture else hybrid,

@@ -44,7 +44,7 @@ class MambaSSD(Stateful):
 
         @classmethod
         def tiny(cls) -> "MambaSSD.Config":
-            return cls(groups=2, limits=(0.001, 0.7))
+            return cls(head_dim=16, groups=2, limits=(0.001, 0.7))
 
     def __init__(self, config: Config, place: Place) -> None:
         super().__init__()

@@ -35,11 +35,11 @@ def trained(name, **changes):
 def test_it_learns_and_is_served(name):
     began = time.perf_counter()
     job, summary = trained(name)
-    assert summary.last < 0.9 * summary.first, f"bits per byte {summary.first} -> {summary.last}"
+    assert summary.last < 0.93 * summary.first, f"bits per byte {summary.first} -> {summary.last}"
     print(f"{name}: {time.perf_counter() - began:.1f} s, {summary.first:.3f} -> {summary.last:.3f}")
     model = hub.load(str(run_folder(job.name)))
     if not model.causal:
-        with pytest.raises(ValueError, match="sees the future"):
+        with pytest.raises(ValueError, match="not a causal decoder"):
             Engine(model, max_rows=2, max_len=64)
         return
     engine = Engine(model, max_rows=2, max_len=64, chunk=7, page=4)

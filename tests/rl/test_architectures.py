@@ -22,7 +22,7 @@ def policy(name):
     """The policy's config with the part of this name in its place."""
     kind = registry.kind_of(name)
     if kind == "pattern":
-        return dataclasses.replace(SMALL, model=name)
+        return dataclasses.replace(SMALL, model=name, layers=3)
     cls = registry.lookup(name)
     field, host = registry.HOSTS[kind]
     part = host.format(to_text(cls.Config(**registry.tiny_options(cls))))
