@@ -116,9 +116,8 @@ class Encoder(Model):
         local_BT, positions_BT = localize(segments_BT)
         if not self.packs:
             return self._apart(ids_BT, local_BT, positions_BT)
-        order_BT = torch.sort(
-            (local_BT < 0).long(), dim=1, stable=True
-        ).indices  # padding to the end: neighbours are neighbours
+        # Padding goes to the end, so that neighbours in a document are neighbours.
+        order_BT = torch.sort((local_BT < 0).long(), dim=1, stable=True).indices
         ids_BT, local_BT, positions_BT = (x.gather(1, order_BT) for x in (ids_BT, local_BT, positions_BT))
         shared = {name: value.gather(1, order_BT) for name, value in (shared or {}).items()}
         x_BTD = self.encode(ids_BT, self._span(positions_BT, local_BT, shared))

@@ -48,7 +48,9 @@ def test_train_serve_and_ask(environment):
     for command in trainings:
         run(command, environment)
     for command in COMMANDS:
-        if command.startswith(("python -m jobs.e", "python -m jobs.c", "python -m models", "python -m kernels")):
+        if command.startswith(
+            ("python -m jobs.evaluate", "python -m jobs.compare", "python -m models", "python -m kernels")
+        ):
             run(command, environment)
     serving = next(command for command in COMMANDS if command.startswith("serve run"))
     server = subprocess.Popen(
