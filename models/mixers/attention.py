@@ -2,7 +2,7 @@
 
     y_t = W_o softmax_j(q_t . k_j / sqrt(K)) v_j,   j <= t
 
-arXiv 1706.03762. Differs from the paper: positions turn queries and keys, as in Llama; `positions=nope` leaves them out.
+arXiv 1706.03762. Differs from the paper: positions turn queries and keys, as in Llama; `positions=nope` has none.
 """
 
 from dataclasses import dataclass
