@@ -145,3 +145,11 @@ def at_least(config: Any, **least: int) -> None:
         if getattr(config, field) < low:
             name = type(config).__module__.rsplit(".", 1)[1]
             raise ValueError(f"{name}.{field}={getattr(config, field)}: must be at least {low}")
+
+
+def above_zero(config: Any, *fields: str) -> None:
+    """ValueError, naming the field, when one of a part's config is not above 0."""
+    for field in fields:
+        if getattr(config, field) <= 0:
+            name = type(config).__module__.rsplit(".", 1)[1]
+            raise ValueError(f"{name}.{field}={getattr(config, field)}: must be above 0")

@@ -43,6 +43,8 @@ class MTP(LM):
             Stack(c.pattern, c.ffn, "norm_placement", place.dim, 1, place.vocab, norm=place.norm, eps=place.eps)
             for _ in range(c.depth)
         )
+        if not self.stacks[0].causal:
+            raise ValueError(f"mtp.pattern={c.pattern!r}: it would see what it has to guess; choose causal mixers")
         self.norms = nn.ModuleList(norm.make(place.norm, place.dim, place.eps) for _ in range(c.depth))
         if c.form == "sequential":
             self.mixes = nn.ModuleList(nn.Linear(2 * place.dim, place.dim, bias=False) for _ in range(c.depth))
@@ -65,7 +67,7 @@ class MTP(LM):
         if targets_BT is not None and self.training:
             h_BTD = x_BTD
             for depth in range(self.config.depth):
-                token_BTD = later(at.shared["embedding"], depth + 1)
+                token_BTD = later(at.shared["embedding"], at, depth + 1)
                 h_BTD = self.ahead(h_BTD if self.config.form == "sequential" else x_BTD, at, depth, token_BTD)
                 target_BT = targets_ahead(targets_BT, at, depth + 1)
                 loss = mean(super().forward(self.norms[depth](h_BTD), at, None, target_BT)[0], target_BT)

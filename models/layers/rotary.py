@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import rope, rope_angles
+from models.config import above_zero
 from models.layers.position import Position
 from models.stateful import Place
 
@@ -28,9 +29,8 @@ class Rotary(Position):
 
     def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
         super().__init__(config, dim, heads, place)
-        if config.theta <= 0:
-            raise ValueError(f"positions: theta={config.theta} must be above 0")
-        self.turned = int(dim * config.fraction)
+        above_zero(config, "theta")
+        self.turned = int(dim * min(config.fraction, 2.0))  # int() has no answer for what is too large for a float
         if self.turned % 2 or not 0 < self.turned <= dim:
             raise ValueError(
                 f"positions: {self.turned} of {dim} channels of a head turn; it must be an even number from 2 to {dim}"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import kernels
 from models.config import at_least, parse_part
 from models.layers.norm import RMSNorm
+from models.layers.position import Position
 from models.span import Span
 from models.state import State, TensorSpec, append
 from models.stateful import Place, Stateful
@@ -47,6 +48,10 @@ class MLA(Stateful):
         c = self.config = config
         positions, positions_config = parse_part(c.positions, "position")
         self.positions = positions(positions_config, c.rope_dim, c.heads, place)
+        if type(self.positions).query is not Position.query:
+            raise ValueError(
+                f"mla.positions={c.positions!r}: it scales queries, of which it would see a part; use rope"
+            )
         width = c.heads * (c.nope_dim + c.rope_dim)
         if c.query_latent:
             self.wq_down = nn.Linear(place.dim, c.query_latent, bias=False)

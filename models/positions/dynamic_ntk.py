@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from models.config import above_zero
 from models.layers.rotary import Rotary
+from models.stateful import Place
 
 
 class DynamicNTK(Rotary):
@@ -24,6 +26,10 @@ class DynamicNTK(Rotary):
         @classmethod
         def tiny(cls) -> "DynamicNTK.Config":
             return cls(original=8)
+
+    def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
+        super().__init__(config, dim, heads, place)
+        above_zero(config, "factor", "original")
 
     def frequency(self, positions_BT: Tensor) -> Tensor:
         c = self.config

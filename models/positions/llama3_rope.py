@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from models.config import above_zero
 from models.layers.rotary import Rotary
+from models.stateful import Place
 
 
 class Llama3RoPE(Rotary):
@@ -22,6 +24,12 @@ class Llama3RoPE(Rotary):
         original: int = 8192
         low: float = 1.0
         high: float = 4.0
+
+    def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
+        super().__init__(config, dim, heads, place)
+        above_zero(config, "factor", "original")
+        if config.low >= config.high:
+            raise ValueError(f"llama3_rope.low={config.low}: must be below high={config.high}")
 
     def frequency(self, positions_BT: Tensor) -> Tensor:
         c = self.config

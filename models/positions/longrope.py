@@ -35,6 +35,8 @@ class LongRoPE(Rotary):
         for name, factors in (("short", config.short), ("long", config.long)):
             if len(factors) not in (1, self.turned // 2):
                 raise ValueError(f"longrope.{name}: {len(factors)} factors, expected 1 or {self.turned // 2}")
+            if min(factors) <= 0:
+                raise ValueError(f"longrope.{name}={factors}: every factor must be above 0")
 
     def frequency(self, positions_BT: Tensor) -> Tensor:
         factor_K, long_K = (torch.tensor(f, device=positions_BT.device) for f in (self.config.short, self.config.long))

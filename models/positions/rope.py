@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from models.config import above_zero
 from models.layers.rotary import Rotary
 from models.stateful import Place
 
@@ -21,8 +22,7 @@ class RoPE(Rotary):
         factor: float = 1.0
 
     def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
-        if config.factor <= 0:
-            raise ValueError(f"rope.factor={config.factor}: must be above 0")
+        above_zero(config, "factor")
         super().__init__(config, dim, heads, place)
 
     def frequency(self, positions_BT: Tensor) -> Tensor:

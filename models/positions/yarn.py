@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from models.config import above_zero
 from models.layers.rotary import Rotary
 from models.stateful import Place
 
@@ -37,6 +38,9 @@ class YaRN(Rotary):
 
     def __init__(self, config: Config, dim: int, heads: int, place: Place) -> None:
         super().__init__(config, dim, heads, place)
+        above_zero(config, "factor", "original", "fast", "slow")
+        if config.theta <= 1:
+            raise ValueError(f"yarn.theta={config.theta}: must be above 1, or no pair is slower than another")
         self.amplitude = config.amplitude or (0.1 * math.log(config.factor) + 1 if config.factor > 1 else 1.0)
 
     def frequency(self, positions_BT: Tensor) -> Tensor:

@@ -38,6 +38,29 @@ def test_every_guess_is_learnt(learnt):
         assert history[-1][name] < 0.8 * history[0][name], (name, history[0][name], history[-1][name])
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_inside_documents_changes_no_loss(pick, head):
+    """Guesses reach over as many tokens, not columns."""
+    decoder = models.build("decoder", head=head).train()
+    ids, targets, segments = (torch.randint(n, (1, 12)) for n in (64, 64, 1))
+    segments[0, pick.randint(3, 8) :] = 1
+    columns = torch.tensor(sorted(pick.sample(range(17), 12)))
+    wide = [torch.full((1, 17), fill) for fill in (pick.randrange(64), -100, -1)]
+    for some, values in zip(wide, (ids, targets, segments)):
+        some[:, columns] = values
+    found, expected = (
+        decoder(dict(zip(("ids_BT", "targets_BT", "segments_BT"), batch))) for batch in (wide, (ids, targets, segments))
+    )
+    same(found[0], expected[0], 1e-5)
+    for name, value in expected[1].items():
+        same(found[1][name], value, 1e-5)
+
+
+def test_a_head_that_would_see_what_it_guesses_is_refused():
+    with pytest.raises(ValueError, match="mtp.pattern"):
+        models.build("decoder", head="mtp(pattern=gqa(mask=full))")
+
+
 def test_medusa_losses_by_hand(pick):
     decoder = models.build("medusa", heads=2, weight=0.7).train()
     torch.nn.init.normal_(decoder.head.inner, std=0.2)

@@ -89,6 +89,34 @@ def one_line(raised, path):
 
 
 @pytest.mark.parametrize(
+    "kind,field,value",
+    [
+        ("llama", "hidden_act", ["silu"]),
+        ("llama", "rms_norm_eps", 10**400),
+        ("qwen2", "layer_types", [["full_attention"]] * 3),
+        ("qwen2", "max_window_layers", "2"),
+        ("deepseek_v3", "first_k_dense_replace", "1"),
+        ("deepseek_v3", "num_nextn_predict_layers", 1.5),
+        ("deepseek_v3", "rope_parameters", "yarn"),
+        ("deepseek_v3", "rope_parameters", {"rope_type": "yarn", "factor": 2.0, "mscale_all_dim": "1"}),
+        ("llama4_text", "moe_layers", 1),
+        ("qwen3_next", "mlp_only_layers", "0"),
+        ("qwen3_next", "rope_parameters", {"rope_type": "default", "partial_rotary_factor": 1e308}),
+        ("nemotron_h", "layers_block_type", []),
+        ("nemotron_h", "layers_block_type", [["mlp"]]),
+        ("recurrent_gemma", "block_types", [["attention"]]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_one_line(pick, tmp_path, kind, field, value):
+    made(pick, kind).save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(record | {field: value}))
+    with pytest.raises(ValueError) as raised:
+        hub.load_hf(tmp_path)
+    one_line(raised, tmp_path)
+
+
+@pytest.mark.parametrize(
     "name",
     ["embed_tokens", "norm", "layers.0.self_attn.k_proj", "layers.0.mlp.up_proj", "layers.0.input_layernorm"],
 )

@@ -180,3 +180,27 @@ def test_places_reach_the_positions(pick):
     assert not torch.allclose(decoder.logits(ids)[0], decoder.logits(ids, places_BTA=places * 2)[0], atol=1e-3)
     with pytest.raises(ValueError, match="one axis"):
         decoder.logits(ids, places_BTA=places[..., None].expand(-1, -1, 3))
+
+
+@pytest.mark.parametrize(
+    "scheme,name",
+    [
+        ("yarn(factor=0)", "yarn.factor"),
+        ("yarn(theta=1)", "yarn.theta"),
+        ("yarn(original=0)", "yarn.original"),
+        ("yarn(slow=0)", "yarn.slow"),
+        ("llama3_rope(factor=0)", "llama3_rope.factor"),
+        ("llama3_rope(low=4)", "llama3_rope.low"),
+        ("dynamic_ntk(original=0)", "dynamic_ntk.original"),
+        ("longrope(short=[0.0])", "longrope.short"),
+        ("rope(fraction=1e308)", "positions"),
+    ],
+)
+def test_frequencies_that_are_no_numbers_are_refused(scheme, name):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        models.build("gqa", positions=scheme)
+
+
+def test_latent_attention_refuses_a_scheme_that_scales_queries():
+    with pytest.raises(ValueError, match="mla.positions"):
+        models.build("mla", positions="irope")

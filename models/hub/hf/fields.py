@@ -1,6 +1,6 @@
 """Reading a checkpoint's config so that nothing in it is passed over in silence."""
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,9 +37,18 @@ class Fields:
         """The value of a field that is still to be taken; None when it is not there."""
         return self._rest.get(name)
 
-    def whole(self, name: str, default: Any = _ABSENT) -> Any:
-        """A field that is a whole number of at least 1."""
-        return self._checked(name, default, "a whole number of at least 1", lambda v: type(v) is int and v >= 1)
+    def whole(self, name: str, default: Any = _ABSENT, low: int = 1) -> Any:
+        """A field that is a whole number of at least `low`."""
+        return self._checked(name, default, f"a whole number of at least {low}", lambda v: type(v) is int and v >= low)
+
+    def wholes(self, name: str, default: Any = _ABSENT) -> Any:
+        """A field that is a list of whole numbers."""
+        return self._checked(
+            name,
+            default,
+            "a list of whole numbers",
+            lambda v: isinstance(v, list) and all(type(item) is int for item in v),
+        )
 
     def number(self, name: str, default: Any = _ABSENT) -> Any:
         """A field that is a number above 0, as float."""
@@ -77,7 +86,7 @@ class Fields:
         """A field that names the kind of each layer; `absent` when it is not there."""
         value = self.take(name, None)
         value = list(absent) if value is None else value
-        if not isinstance(value, list) or len(value) < layers or set(value) - set(allowed):
+        if not isinstance(value, list) or len(value) < layers or any(kind not in allowed for kind in value):
             raise ValueError(
                 f"{self._source}: {name}={value!r} must be a list of {layers} of {', '.join(map(repr, allowed))}"
             )
@@ -109,4 +118,4 @@ class Fields:
 
 
 def _positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) in (int, float) and 0 < value <= sys.float_info.max

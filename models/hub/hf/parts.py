@@ -73,7 +73,7 @@ def mlp(
 ) -> SwiGLU.Config:
     """A gated ffn; activation, width: names of the fields; absent: the activation where none is given."""
     name = f.take(activation, absent)
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"config.json: {activation}={name!r} is not honoured; it can be {' or '.join(ACTIVATIONS)}")
     return SwiGLU.Config(hidden=f.whole(width), activation=ACTIVATIONS[name], **options)
 

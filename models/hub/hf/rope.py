@@ -78,9 +78,10 @@ def _read(kind: str, base: dict[str, Any], parameters: Fields, trained: int, out
 
 def sharpening(fields: Fields) -> float:
     """What DeepSeek's attention multiplies its scores with beside what YaRN does to queries and keys; read it first."""
-    parameters = fields.peek("rope_parameters") or fields.peek("rope_scaling") or {}
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    strength, factor = parameters.get("mscale_all_dim") or 0, parameters.get("factor") or 1
+    given = fields.peek("rope_parameters") or fields.peek("rope_scaling")
+    parameters = Fields(given if isinstance(given, dict) else {}, "rope_parameters")
+    kind = parameters.take("rope_type", None) or parameters.take("type", "default")
+    strength, factor = parameters.number("mscale_all_dim", 0.0), parameters.number("factor", 1.0)
     return (0.1 * strength * math.log(factor) + 1) ** 2 if kind != "default" and strength and factor > 1 else 1.0
 
 

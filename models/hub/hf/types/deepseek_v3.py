@@ -41,13 +41,10 @@ def read(f: Fields) -> Checkpoint:
     f.only("moe_layer_freq", 1)
     f.only("ep_size", 1)
     f.ignore("seq_aux", "aux_loss_alpha")
-    dense = f.peek("first_k_dense_replace")
-    dense = 3 if dense is None else dense
-    f.ignore("first_k_dense_replace")
+    dense = f.whole("first_k_dense_replace", 3, low=0)
     ffn = silu_mlp(f)
-    more = "|".join(
-        str(layers + i) for i in range(f.take("num_nextn_predict_layers", 1))
-    )  # they predict further tokens
+    ahead = f.whole("num_nextn_predict_layers", 1, low=0)  # layers that predict further tokens
+    more = "|".join(str(layers + i) for i in range(ahead))
     rows = {MLA.Config: partial(latent_rows, paired=f.flag("rope_interleave", True)), MoEV2.Config: _moe_rows}
     ffns = [ffn if i < dense else moe for i in range(layers)]
     return decoder(f, dim, [mixer] * layers, ffns, rows, skipped=rf"model\.layers\.({more})\..*" if more else "")

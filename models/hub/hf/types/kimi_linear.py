@@ -62,7 +62,7 @@ def _linear(f: Fields, layers: int) -> tuple[KDA.Config, list[str]]:
             head_dim=inside.whole("head_dim", 128),
             conv=inside.whole("short_conv_kernel_size", 4),
         )
-        full = inside.take("full_attn_layers")
+        full = inside.wholes("full_attn_layers")
         inside.ignore("kda_layers")
         inside.finish()
         absent = [FULL if i + 1 in full else LINEAR for i in range(layers)]
@@ -93,7 +93,7 @@ def read(f: Fields) -> Checkpoint:
         scale=f.number("routed_scaling_factor", 2.446),
     )
     ffn = silu_mlp(f)
-    dense = f.take("first_k_dense_replace", 1)
+    dense = f.whole("first_k_dense_replace", 1, low=0)
     absent = ["dense" if i < dense else "sparse" for i in range(layers)]
     ffns = [ffn if kind == "dense" else moe for kind in f.kinds("mlp_layer_types", layers, ("dense", "sparse"), absent)]
     mixers = [kda if kind == LINEAR else mla for kind in kinds]

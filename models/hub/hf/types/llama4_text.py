@@ -71,7 +71,7 @@ def read(f: Fields) -> Checkpoint:
         weigh="input",
     )
     step = f.whole("interleave_moe_layer_step", 1)
-    sparse = f.take("moe_layers", list(range(step - 1, layers, step)))
+    sparse = f.wholes("moe_layers", list(range(step - 1, layers, step)))
     f.ignore("for_llm_compressor")
     return decoder(
         f,

@@ -55,7 +55,7 @@ def read(f: Fields) -> Checkpoint:
     dim = f.whole("hidden_size")
     letters = f.take("hybrid_override_pattern", "")
     given = "layers_block_type" if f.peek("layer_types") is None else "layer_types"
-    kinds = [LETTERS.get(letter, letter) for letter in letters] or f.take(given)
+    kinds = [LETTERS.get(letter, letter) for letter in str(letters)] or f.take(given)
     f.ignore("num_hidden_layers", "n_shared_experts", "moe_shared_expert_overlap", "num_logits_to_keep")
     f.ignore("use_mamba_kernels", "mamba_ssm_cache_dtype", "max_position_embeddings", "expand")
     f.ignore("num_nextn_predict_layers", "mtp_layers_block_type", "mtp_hybrid_override_pattern", "rope_parameters")
@@ -69,9 +69,10 @@ def read(f: Fields) -> Checkpoint:
     least = f.take("time_step_min", 0.001)
     if type(least) not in (int, float) or not 0 <= least < math.inf:
         raise ValueError(f"config.json: time_step_min={least!r} must be a number from 0 up")
-    kinds = [OLD.get(kind, kind) for kind in kinds] if isinstance(kinds, list) else kinds
-    if not isinstance(kinds, list) or set(kinds) - set(KINDS):
+    named = [OLD.get(str(kind), str(kind)) for kind in kinds] if isinstance(kinds, list) else []
+    if not named or set(named) - set(KINDS):
         raise ValueError(f"config.json: {given}={kinds!r} must be a list of {', '.join(KINDS)}")
+    kinds = named
     parts = {
         "linear_attention": mamba(f, MAMBA, group_norm=True, limits=(float(least),) if least else ()),
         "mlp": SquaredReLU.Config(f.whole("intermediate_size", 21504), f.flag("mlp_bias", False)),

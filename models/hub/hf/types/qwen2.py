@@ -26,7 +26,7 @@ def read(f: Fields, **options: Any) -> Checkpoint:
     mixer = attention(f, dim, positions=rope.read(f), **(options or {"bias": True}))
     window = f.window("sliding_window", 4096)
     window *= f.flag("use_sliding_window", False)
-    first = f.take("max_window_layers", 28)
+    first = f.whole("max_window_layers", 28, low=0)
     absent = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
     mixers = [replace(mixer, window=w) for w in windows(f, layers, window, absent)]
     return decoder(f, dim, mixers, [mlp(f)] * layers)

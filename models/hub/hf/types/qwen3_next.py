@@ -74,7 +74,7 @@ def read(f: Fields) -> Checkpoint:
     every = f.whole("full_attention_interval", 4)
     kinds = f.kinds("layer_types", layers, (LINEAR, FULL), [LINEAR if (i + 1) % every else FULL for i in range(layers)])
     ffn = silu_mlp(f)
-    step, dense = f.whole("decoder_sparse_step", 1), f.take("mlp_only_layers", [])
+    step, dense = f.whole("decoder_sparse_step", 1), f.wholes("mlp_only_layers", [])
     moe = MoEV2.Config(
         hidden=f.whole("moe_intermediate_size", 512),
         experts=f.whole("num_experts", 512),

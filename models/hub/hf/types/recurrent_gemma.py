@@ -70,7 +70,7 @@ def read(f: Fields) -> Checkpoint:
     ffn = SwiGLU.Config(f.whole("intermediate_size") // 2, bias=True, activation="gelu_tanh")
     kinds = f.take("block_types", ["recurrent", "recurrent", "attention"])
     f.ignore("_block_types", "layers_block_type")
-    if not isinstance(kinds, list) or not kinds or set(kinds) - {"recurrent", "attention"}:
+    if not isinstance(kinds, list) or not kinds or any(kind not in ("recurrent", "attention") for kind in kinds):
         raise ValueError(f"config.json: block_types={kinds!r} must be a list of 'recurrent' and 'attention'")
     kinds = [kinds[i % len(kinds)] for i in range(layers)]
     return decoder(
