@@ -23,7 +23,7 @@ from jobs.config import Job
 from jobs.data import Data
 from jobs.pretrain import pretrain, run_folder
 from jobs.record import read
-from models import hub
+from models import hub, registry
 from models.decoder import Decoder
 from models.state import bytes_per_row
 from serve.engine import Engine
@@ -62,7 +62,11 @@ class Row:
 def names() -> list[str]:
     """Every mixer and pattern that is a language model."""
     found = models.names(kind="mixer") + models.names(kind="pattern")
-    return [name for name in found if (model := models.build(name)).causal and not model.needs_memory]
+    return [name for name in found if _serves(name)]
+
+
+def _serves(name: str) -> bool:
+    return "serve" in registry.supports(models.build(name))
 
 
 def job_of(name: str, given: argparse.Namespace) -> Job:
@@ -71,7 +75,7 @@ def job_of(name: str, given: argparse.Namespace) -> Job:
     sizes = {"dim": given.dim, "layers": given.layers}
     return dataclasses.replace(
         job,
-        name=f"compare-{name}-{given.dim}x{given.layers}",
+        name=f"compare-{name}-{given.dim}x{given.layers}-{given.steps}x{given.batch}x{given.length}-{given.lr:g}",
         model=dataclasses.replace(job.model, **sizes),
         data=Data(vocab=job.model.vocab, limit_bytes=4_000_000),
         optim=dataclasses.replace(job.optim, lr=given.lr, warmup=given.steps // 10),
@@ -150,6 +154,11 @@ def main() -> None:
         unknown = set(given.names) - set(models.names())
         if unknown:
             raise ValueError(f"no architecture is called {sorted(unknown)[0]!r}; `python -m models` lists them")
+        for name in given.names:
+            if not _serves(name):
+                raise ValueError(f"{name} does not go on from a prompt, as all that is compared here does")
+        if given.record and not given.record.parent.is_dir():
+            raise ValueError(f"--record {given.record}: there is no folder {given.record.parent}")
         table = markdown(list(rows(given)), given)
     except ValueError as error:
         cli.fail(error)

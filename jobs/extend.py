@@ -17,7 +17,7 @@ from jobs import cli, given
 from jobs.config import from_json
 from jobs.data import index_of, prepare
 from jobs.pretrain import run_folder
-from models import hub
+from models import hub, registry
 from models.config import make_config, parse_part, parse_pattern, to_text
 from models.decoder import Decoder
 from models.mixers.dual_chunk_attention import DualChunkAttention
@@ -109,7 +109,7 @@ def extend(name: str, factor: int, count: int) -> tuple[dict[str, list[float]], 
     edges = [trained // 4, trained // 2] + [trained * n for n in range(1, factor + 1)]
     curves, weights = {}, hub.weights(given.load(found))
     for label, config in extended(job.model, trained, factor).items():
-        model = Decoder(config).eval()
+        model = registry.owner(config)(config).eval()
         hub.set_weights(model, weights, label)
         nats = losses(model, rows_BT)
         bounds = zip([0, *edges], edges)

@@ -18,7 +18,7 @@ from models.model import Batch, Model
 from models.span import Span, localize
 from models.stack import Stack, draw_linears
 from models.state import DRAFT, Kept, Pages, State, TensorSpec
-from models.stateful import Place, Stateful
+from models.stateful import Place
 
 
 class Decoder(Model):
@@ -154,11 +154,6 @@ class Decoder(Model):
         metrics = {name: torch.stack(values).mean() for name, values in at.metrics.items()}
         total = loss + torch.stack(at.losses).sum() if self.training and at.losses else loss
         return total, {"loss": loss.detach()} | metrics
-
-    def after_step(self) -> None:
-        for part in self.modules():
-            if part is not self and isinstance(part, Stateful):
-                part.after_step()
 
     def weight(self, batch: Batch) -> Tensor:
         return (batch["targets_BT"] != -100).sum()

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from models.stateful import Stateful
+
 Batch = dict[str, Tensor]
 
 
@@ -39,7 +41,10 @@ class Model(nn.Module):
         return ("main",)
 
     def after_step(self) -> None:
-        """Called once after each optimizer step, on whole weights: averages, router biases."""
+        """Called once after each optimizer step, on whole weights: averages, router biases. Here it asks the parts."""
+        for part in self.modules():
+            if isinstance(part, Stateful):
+                part.after_step()
 
     def predict(self, inputs: Batch) -> Batch:
         """What serving calls for inputs of this family."""

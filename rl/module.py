@@ -153,12 +153,15 @@ def _encoder(space: gym.Space, dim: int) -> tuple[nn.Module, int]:
 def stack(config: Config, vocab: int = 0) -> Stack:
     """The layers of a policy; ValueError, one line, for an architecture, pattern or width that cannot be built."""
     cls, options = parse_decoder(config.model)
+    if cls.needs_memory:
+        raise ValueError(f"model {config.model!r}: reads an encoder's output, which a policy has not; choose another")
     given = {name: value for name in ("pattern", "ffn") if (value := getattr(config, name))}
     sizes = {"dim": config.dim, "layers": config.layers, "vocab": vocab}
     tiny = vars(cls.Config.tiny())
     layers = cls.stack(make_part(cls, {**tiny, **options, **given, **sizes}), adapt=partial(_bounded, config.context))
     if not layers.causal:
-        raise ValueError(f"pattern {config.pattern!r}: a policy needs causal parts, one of these sees the future")
+        named = f"model={config.model!r}, pattern={config.pattern!r}, ffn={config.ffn!r}"
+        raise ValueError(f"{named}: a policy needs causal parts, one of these sees the future")
     return layers
 
 

@@ -44,9 +44,10 @@ MISTAKES = {
     "tiny --data.vocab 1024": "--model.vocab 1024",
     "tiny --data.source text": "data.path is empty",
     "tiny --data.source text --data.path /nowhere/at/all": "/nowhere/at/all",
-    "tiny --model.pattern gqqa": "did you mean gqa?",
+    "tiny --model.pattern gqqa": "did you mean gqa or ",
     "tiny --model.pattern gqa(widow=3)": "gqa has no option 'widow'; its options: ",
     "tiny --model.dim 63": "dim=63",
+    "tiny:encoder_decoder": "pairs of a source and a target",
 }
 
 

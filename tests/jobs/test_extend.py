@@ -1,5 +1,6 @@
 """Longer contexts than a model was trained on: the same weights under other positions, told and drawn."""
 
+import argparse
 import dataclasses
 import sys
 
@@ -81,6 +82,52 @@ def test_architectures_side_by_side(run, monkeypatch, capsys, tmp_path):
     assert rows["retnet"][6] == rows["retnet"][7].rstrip(" |"), "a recurrence's state does not grow"
     small, large = (int(cell.rstrip(" |").replace(",", "")) for cell in rows["gqa"][6:8])
     assert 31 < (large - 16) / (small - 16) < 33
+
+
+def test_another_budget_is_another_run():
+    given = {"dim": 64, "layers": 4, "steps": 100, "batch": 8, "length": 256, "threads": 1, "lr": 5e-3}
+    changes = ({}, {"steps": 50}, {"batch": 4}, {"length": 64}, {"lr": 1e-3}, {"dim": 32}, {"layers": 2})
+    made = [compare.job_of("gqa", argparse.Namespace(**given | change)).name for change in changes]
+    assert len(set(made)) == len(made)
+
+
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        (["nothing"], "nothing"),
+        (["gqa", "fnet"], "fnet"),
+        (["soft_moe"], "soft_moe"),
+        (["encoder_decoder"], "encoder_decoder"),
+        (["gqa", "--record", "/nowhere/table.md"], "/nowhere"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_anything_is_trained(run, monkeypatch, capsys, arguments, word):
+    monkeypatch.setattr(sys, "argv", ["compare", *arguments])
+    monkeypatch.setattr(compare, "pretrain", None)
+    with pytest.raises(SystemExit):
+        compare.main()
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and word in said
+
+
+@pytest.mark.parametrize("name", ["moed"])
+def test_patterns_are_read_further_as_what_they_are(run, name):
+    options = {"layers": 2, "pattern": "gqa"}
+    job = cli.load(f"tiny:{name}")
+    job = dataclasses.replace(
+        job,
+        name=f"short-{name}",
+        model=dataclasses.replace(job.model, **options),
+        length=32,
+        steps=1,
+        workers=0,
+        threads=1,
+        eval_every=0,
+        data=Data(vocab=512, limit_bytes=300_000, val_fraction=0.2),
+    )
+    pretrain(job)
+    curves, _, _ = extend.extend(job.name, 2, 1)
+    assert len(curves) == 3
 
 
 def test_everything_that_speaks_is_compared():

@@ -203,6 +203,14 @@ def test_every_parameter_learns_in_one_graph(pick):
     assert (low - expected).norm() / expected.norm() < 0.05
 
 
+def test_parts_that_learn_without_a_gradient_do_so_in_every_expert(pick):
+    model = models.build("mixture_of_tokenizers", ffn="moe_v2").train()
+    model(model.example(4, seed=pick.randint(0, 99)))
+    model.after_step()
+    for expert in model.experts:
+        assert expert.blocks[0].ffn.bias.any() and not expert.blocks[0].ffn.load.any()
+
+
 def test_a_dictionary_is_learnt_from_text(pick):
     """Its tokens are what is frequent: the text has fewer of them with every one that is opened."""
     text = torch.tensor(list(b"the cat and the other cat, and then the rat. " * 8))

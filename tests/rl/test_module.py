@@ -12,7 +12,7 @@ from ray.rllib.utils.postprocessing.zero_padding import unpad_data_if_necessary
 
 from models import registry
 from rl.config import Run, configure
-from rl.module import Config, Policy, make_config
+from rl.module import Config, Policy, make_config, stack
 
 SMALL = Config(dim=32, layers=2, context=12, max_seq_len=5)
 BOX = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
@@ -143,6 +143,8 @@ def test_every_parameter_gets_a_gradient():
     "change, message",
     [
         (lambda: policy("gqa(mask=full)"), "causal"),
+        (lambda: stack(Config(model="decoder(ffn=soft_moe)")), "soft_moe.*causal"),
+        (lambda: stack(Config(model="encoder_decoder")), "encoder_decoder.*encoder's output"),
         (lambda: policy(observations=gym.spaces.MultiBinary(3)), "Box or Discrete"),
         (lambda: policy("gqq"), "did you mean"),
         (lambda: Config(context=0), "context=0"),
