@@ -3,7 +3,7 @@
 Observations are embedded, pass a stack of `models.block.Block`, and two heads read the policy and the value. The same
 `forward` samples (T = 1) and trains (fragments of `max_seq_len` steps that begin at a stored state), so both compute
 the same logits. An episode has no end that is known in advance, so growing state is bounded by `context`: mixers with a
-`window` see the last `context` steps; what grows and has no window begins afresh every `context` steps.
+`window` see the last `context` steps; what grows and has none, or a longer one, begins afresh every `context` steps.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Policy(TorchRLModule, ValueFunctionAPI):
         self.policy, self.value = nn.Linear(config.dim, outputs), nn.Linear(config.dim, 1)
         self._init_weights()
         self._spec = {"length": TensorSpec((), torch.int64)} | self.blocks.state_spec(config.context)
-        self._restarts = any(spec.every and not spec.window for spec in self._spec.values())
+        self._restarts = any(_outgrown(spec, config.context) for spec in self._spec.values())
         self._initial = {name: spec.empty(1, config.context)[0].numpy() for name, spec in self._spec.items()}
 
     @torch.no_grad()
@@ -163,6 +163,11 @@ def stack(config: Config, vocab: int = 0) -> Stack:
         named = f"model={config.model!r}, pattern={config.pattern!r}, ffn={config.ffn!r}"
         raise ValueError(f"{named}: a policy needs causal parts, one of these sees the future")
     return layers
+
+
+def _outgrown(spec: TensorSpec, context: int) -> bool:
+    """Whether growing state of `context` steps is too small for an episode: it has no window, or a longer one."""
+    return spec.every > 0 and (not spec.window or spec.capacity(context) < spec.window)
 
 
 def _bounded(context: int, mixer: Any) -> Any:

@@ -11,6 +11,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.utils.postprocessing.zero_padding import unpad_data_if_necessary
 
 from models import registry
+from models.config import to_text
 from rl.config import Run, configure
 from rl.module import Config, Policy, make_config, stack
 
@@ -130,9 +131,11 @@ def test_values_are_the_same_with_and_without_embeddings():
 
 
 def test_every_parameter_gets_a_gradient():
-    for pattern in MIXERS:
-        module = policy(pattern)
-        out = module.forward_train({Columns.OBS: torch.randn(2, 6, 3), Columns.STATE_IN: module.init_state(2)})
+    for name in MIXERS:
+        cls = registry.lookup(name)
+        pattern = to_text(cls.Config(**registry.tiny_options(cls)))  # sizes that a few steps fill
+        module = policy(pattern, context=24)
+        out = module.forward_train({Columns.OBS: torch.randn(50, 24, 3), Columns.STATE_IN: module.init_state(50)})
         loss = out[Columns.ACTION_DIST_INPUTS].square().sum() + module.compute_values({}, out[Columns.EMBEDDINGS]).sum()
         loss.backward()
         missing = [name for name, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
