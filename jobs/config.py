@@ -106,7 +106,7 @@ def check(job: Job) -> None:
     elif "vocab" not in {f.name for f in dataclasses.fields(job.model)}:
         name = registry.name_of(registry.owner(job.model))
         raise ValueError(f"model {name} does not read text; give the recipe data=Arrays(...)")
-    elif getattr(registry.owner(job.model), "needs_memory", False):
+    elif isinstance(job.model, Decoder.Config) and registry.owner(job.model).needs_memory:
         name = registry.name_of(registry.owner(job.model))
         raise ValueError(f"model {name} learns from pairs of a source and a target, which {job.data.source} has not")
     elif not job.data.tokenizer and job.model.vocab < job.data.vocab:

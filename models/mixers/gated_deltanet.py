@@ -9,24 +9,19 @@ heads are allowed, as in Qwen3-Next: key head i serves the value heads of its gr
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
 from models.config import at_least
 from models.layers.decays import draw_log_decay, draw_step_bias
-from models.layers.norm import RMSNorm
+from models.layers.delta_memory import DeltaMemory
 from models.layers.unit import unit
 from models.span import Span
-from models.state import State, TensorSpec
-from models.stateful import Place, Stateful
+from models.state import State
+from models.stateful import Place
 
 
-class GatedDeltaNet(Stateful):
-    family = "attention"
-    keeps = True
-
+class GatedDeltaNet(DeltaMemory):
     @dataclass(frozen=True)
     class Config:
         """heads: of values. key_heads: of queries and keys. key_dim, value_dim: per head, 0 means dim / heads."""
@@ -54,45 +49,19 @@ class GatedDeltaNet(Stateful):
         keys, values = config.key_heads * self.key_dim, config.heads * self.value_dim
         self.widths = [2 * keys + values, values, config.heads, config.heads]  # q k v together, z, b, a
         self.wi = nn.Linear(place.dim, sum(self.widths), bias=False)
-        self.conv = nn.Parameter(torch.empty(self.widths[0], config.conv).uniform_(-1, 1) * config.conv**-0.5)
         self.log_decay = nn.Parameter(draw_log_decay(config.heads))
         self.step_bias = nn.Parameter(draw_step_bias(config.heads))
-        self.norm = RMSNorm(self.value_dim, place.eps)
-        self.wo = nn.Linear(values, place.dim, bias=False)
-
-    def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
-        c = self.config
-        return {
-            "conv": TensorSpec((c.conv - 1, self.widths[0]), self.wo.weight.dtype),
-            "matrix": TensorSpec((c.heads, self.key_dim, self.value_dim), torch.float32),
-        }
+        self.remember_in((config.heads, self.key_dim, self.value_dim), self.widths[0], config.conv, place)
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         c = self.config
         qkv_BTD, z_BTD, b_BTH, a_BTH = self.wi(x_BTD).split(self.widths, -1)
-        carried = state or {}
-        qkv_BTD, tail = kernels.conv1d(
-            qkv_BTD,
-            self.conv,
-            activation="silu",
-            state_BWD=carried.get("conv"),
-            segments_BT=at.segments_BT,
-            keep=at.keep,
-        )
-        keys = c.key_heads * self.key_dim
+        qkv_BTD, tail = self.convolved(qkv_BTD, at, state)
+        keys, group = c.key_heads * self.key_dim, c.heads // c.key_heads
         q_BTD, k_BTD, v_BTD = qkv_BTD.split([keys, keys, c.heads * self.value_dim], -1)
-        q_BTHK, k_BTHK = (unit(x.unflatten(-1, (c.key_heads, self.key_dim))) for x in (q_BTD, k_BTD))
-        group = c.heads // c.key_heads
-        y_BTHV, matrix = kernels.gated_delta(
-            q_BTHK.repeat_interleave(group, 2),
-            k_BTHK.repeat_interleave(group, 2),
-            v_BTD.unflatten(-1, (c.heads, self.value_dim)),
-            -self.log_decay.float().exp() * F.softplus(a_BTH.float() + self.step_bias.float()),
-            b_BTH.float().sigmoid(),
-            state_BHKV=carried.get("matrix"),
-            segments_BT=at.segments_BT,
-            keep=at.keep,
-        )
-        gate_BTHV = F.silu(z_BTD.float()).unflatten(-1, (c.heads, self.value_dim))
-        y_BTHV = (self.norm(y_BTHV).float() * gate_BTHV).to(x_BTD.dtype)
-        return self.wo(y_BTHV.flatten(2)), None if state is None else {"conv": tail, "matrix": matrix}
+        q_BTGK, k_BTGK = (unit(x.unflatten(-1, (c.key_heads, self.key_dim))) for x in (q_BTD, k_BTD))
+        q_BTHK, k_BTHK = (x.repeat_interleave(group, 2) for x in (q_BTGK, k_BTGK))
+        v_BTHV, gate_BTHV = (x.unflatten(-1, (c.heads, self.value_dim)) for x in (v_BTD, F.silu(z_BTD.float())))
+        decay_BTH = -self.log_decay.float().exp() * F.softplus(a_BTH.float() + self.step_bias.float())
+        y_BTHV, matrix = self.corrected(q_BTHK, k_BTHK, v_BTHV, decay_BTH, b_BTH.float().sigmoid(), at, state)
+        return self.told(y_BTHV, gate_BTHV, x_BTD.dtype), None if state is None else {"conv": tail, "matrix": matrix}

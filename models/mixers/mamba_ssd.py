@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import kernels
 from models.config import at_least
+from models.layers.decays import draw_log_decay, draw_step_bias
 from models.layers.norm import RMSNorm
 from models.span import Span
 from models.state import State, TensorSpec
@@ -67,9 +68,8 @@ class MambaSSD(Stateful):
         self.wi = nn.Linear(place.dim, sum(self.widths), bias=False)
         self.conv = nn.Parameter(torch.empty(self.widths[1], c.conv).uniform_(-1, 1) * c.conv**-0.5)
         self.conv_bias = nn.Parameter(torch.empty(self.widths[1]).uniform_(-1, 1) * c.conv**-0.5)
-        self.log_decay = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
-        step = torch.empty(self.heads).uniform_(torch.tensor(1e-3).log(), torch.tensor(1e-1).log()).exp()
-        self.step_bias = nn.Parameter(step.expm1().log())  # softplus^-1
+        self.log_decay = nn.Parameter(draw_log_decay(self.heads))
+        self.step_bias = nn.Parameter(draw_step_bias(self.heads))
         self.skip = nn.Parameter(torch.ones(self.heads))
         self.norm = RMSNorm(inner, place.eps)
         self.wo = nn.Linear(inner, place.dim, bias=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from group import ROOT, environment, free_ports, wait
 
 
@@ -64,3 +65,12 @@ def answers(address: str) -> bool:
     except OSError:
         return False
     return True
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """One EDIFICE_HOME for a file whose runs are made in its own process, so that a corpus is prepared once."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDIFICE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield

@@ -17,13 +17,7 @@ ROWS = [name for kind in ("mixer", "pattern") for name in models.names(kind=kind
 PARTS = [name for kind in ("ffn", "block", "head", "position", "score", "cache") for name in models.names(kind=kind)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """One EDIFICE_HOME for all, so that the corpus is prepared once."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDIFICE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def trained(name, **changes):

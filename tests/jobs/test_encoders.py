@@ -18,13 +18,7 @@ from serve.engine import Engine
 NAMES = [name for name in models.names(kind="encoder") if issubclass(lookup(name), Encoder)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    """One EDIFICE_HOME for all, so that the corpus is prepared once."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDIFICE_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def trained(architecture, **changes):

@@ -5,7 +5,6 @@ import dataclasses
 import sys
 
 import pytest
-import torch
 
 from jobs import cli, compare, extend
 from jobs.data import Data
@@ -14,23 +13,20 @@ from models.decoder import Decoder
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(home):
     """The name of a short run of rotary attention over rows of 32 tokens."""
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("EDIFICE_HOME", str(tmp_path_factory.mktemp("home")))
-        job = cli.load("tiny:gqa")
-        job = dataclasses.replace(
-            job,
-            name="short",
-            length=32,
-            workers=0,
-            threads=1,
-            eval_every=0,
-            data=Data(vocab=512, limit_bytes=300_000, val_fraction=0.2),
-        )
-        pretrain(job)
-        yield "short"
+    job = cli.load("tiny:gqa")
+    job = dataclasses.replace(
+        job,
+        name="short",
+        length=32,
+        workers=0,
+        threads=1,
+        eval_every=0,
+        data=Data(vocab=512, limit_bytes=300_000, val_fraction=0.2),
+    )
+    pretrain(job)
+    return "short"
 
 
 def test_weights_run_at_eight_times_the_length(run):

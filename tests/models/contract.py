@@ -416,7 +416,7 @@ def _signature(cls, kind, options):
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-        axes = getattr(cls, "axes", 1)
+        axes = cls.axes if kind == "position" else 1
         places = torch.randint(TOKENS, (2, TOKENS, axes), generator=generator) if axes > 1 else None
         logits, _ = decoder.eval().logits(tokens(decoder, 2, TOKENS, 3), places_BTA=places)
         for _ in range(3):
