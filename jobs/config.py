@@ -40,6 +40,8 @@ class Job(Generic[ModelConfig, DataConfig]):
     """The corpus, for text with its tokenizer."""
     start: str = ""
     """Run or model folder whose weights training starts from; empty: fresh ones."""
+    frozen: bool = False
+    """Only what the head has beyond the next token (medusa, mtp) is learnt; the weights of `start` stay as they are."""
     optim: Optim = field(default_factory=Optim)
     """AdamW and its schedule."""
     steps: int = 1000
@@ -120,6 +122,8 @@ def check(job: Job) -> None:
         job.data.check()
     except ValueError as error:
         raise ValueError(f"data.{error}") from None
+    if job.frozen and not (job.start and isinstance(job.model, Decoder.Config)):
+        raise ValueError("frozen: it is a trained decoder's weights that stay; set --start, or leave --frozen out")
     model = build(job)  # for the errors of the architecture's own config; on the CPU: not every one initialises on meta
     phases = len(set(model.phases()))
     if job.zero == 3 and phases > 1:
@@ -130,7 +134,14 @@ def build(job: Job) -> nn.Module:
     """The job's model with fresh weights, which depend on `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        return registry.owner(job.model)(job.model)
+        model = registry.owner(job.model)(job.model)
+    if job.frozen:
+        if not model.head.added:
+            raise ValueError(
+                f"model.head={job.model.head!r}: has nothing to learn on frozen weights; medusa has, and mtp"
+            )
+        model.freeze()
+    return model
 
 
 def to_json(job: Job) -> dict[str, Any]:

@@ -57,9 +57,21 @@ def config(found: Given) -> Any:
     return model_from_json(folder.load(found.place).json("config.json"))
 
 
-def fill(model: nn.Module, start: str) -> None:
-    """Gives `model` the weights of the run or model folder `start`. ValueError when they do not fit."""
-    hub.set_weights(model, hub.weights(load(find(start))), start)
+def fill(model: nn.Module, start: str, frozen: bool = False) -> None:
+    """Gives `model` the weights of the run or model folder `start`. ValueError when they do not fit.
+
+    frozen: the model may have another head, which then begins from the weights of that of `start`.
+    """
+    source = load(find(start))
+    tensors = hub.weights(source)
+    if frozen and source.config.head != model.config.head:
+        own, added = hub.weights(model), tuple(f"head.{name}" for name in model.head.added)
+        tensors = {name: x for name, x in tensors.items() if not name.startswith("head.") or name in own}
+        tensors |= {name: x for name, x in own.items() if name.startswith(added)}
+        hub.set_weights(model, tensors, start)
+        model.head.begin()
+    else:
+        hub.set_weights(model, tensors, start)
 
 
 def keep_tokenizer(text: str) -> str:
@@ -75,6 +87,8 @@ def check(job: Job, prepared: Prepared) -> None:
     """ValueError when the job's `start` is of another architecture, or the corpus is in tokens of another tokenizer."""
     found = find(job.start)
     theirs, ours = model_to_json(config(found)), model_to_json(job.model)
+    if job.frozen and "head" in theirs["config"]:  # all but the head has to be the same
+        theirs["config"]["head"] = ours["config"]["head"]
     if theirs != ours:
         names = [name for name in ours["config"] if ours["config"][name] != theirs["config"].get(name)]
         raise ValueError(

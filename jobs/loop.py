@@ -93,7 +93,7 @@ def train(
     model = build(job)
     parameters, flops = sum(p.numel() for p in model.parameters()), 6 * _matmul_parameters(model)  # ZeRO-3 hides sizes
     if job.start and checkpoint.latest(run) is None:
-        given.fill(model, job.start)
+        given.fill(model, job.start, job.frozen)
     engine = make_engine(job, model, device)
     place = checkpoint.load(run, engine)
     tokenizer = storage.read(prepared.tokenizer).decode() if prepared.tokenizer else ""

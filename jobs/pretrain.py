@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cluster import session, storage
 from jobs import cli, given, report
-from jobs.config import Job, check, differences, to_json
+from jobs.config import Job, check, differences, from_json, to_json
 from jobs.data import Prepared, prepare
 from jobs.loop import Summary, summary, train
 from jobs.worker import STOP, run_group, write_config
@@ -35,7 +35,7 @@ def pretrain(job: Job) -> Summary:
     run = run_folder(job.name)
     stored = run / "config.json"
     if stored.exists():
-        differ = differences(json.loads(stored.read_text()), to_json(job))
+        differ = differences(to_json(from_json(json.loads(stored.read_text()))), to_json(job))
         if differ:
             raise ValueError(
                 f"run {job.name} at {run} was started with another job ({'; '.join(differ)}); "

@@ -18,7 +18,7 @@ class Block(Stateful):
 
     kind = "block"
     family = "transformer"
-    keeps = True  # its parts do
+    keeps = trees = True  # its parts do
     alone = False
 
     def __init__(self, config: Stateful.Config, branches: dict[str, Stateful], place: Place) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from models.config import parse_part
 from models.layers import norm
 from models.layers.norm import Norm
-from models.model import Batch, Model
+from models.model import Batch, Input, Model
 from models.span import Span, localize
 from models.stack import Stack, draw_linears
 from models.state import DRAFT, Kept, Pages, State, TensorSpec
-from models.stateful import Place
+from models.stateful import Place, Stateful
+from models.tree import depths
 
 
 class Decoder(Model):
@@ -26,6 +27,7 @@ class Decoder(Model):
 
     family = "transformer"
     needs_memory = False
+    frozen = False
 
     @dataclass(frozen=True)
     class Config:
@@ -78,6 +80,29 @@ class Decoder(Model):
         c = config
         return Stack(c.pattern, c.ffn, c.block, c.dim, c.layers, c.vocab, norm=c.norm, eps=c.eps, **options)
 
+    def freeze(self) -> None:
+        """Only what the head has beyond the next token learns from now on.
+
+        All else stays as it is, bit for bit: weights, router biases, averages; and it computes what it does in eval.
+        """
+        self.frozen = True
+        names = tuple(f"head.{name}" for name in self.head.added)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(names))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Decoder":
+        super().train(mode)
+        if self.frozen:
+            for name, part in self.named_children():
+                part.train(mode and name == "head")
+        return self
+
+    def after_step(self) -> None:
+        for part in (self.head if self.frozen else self).modules():
+            if isinstance(part, Stateful):
+                part.after_step()
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     @property
@@ -107,9 +132,11 @@ class Decoder(Model):
         keep: int = 0,
         shared: dict[str, Tensor] | None = None,
         places_BTA: Tensor | None = None,
+        parents_BT: Tensor | None = None,
     ) -> tuple[Tensor, Span, State | None]:
         """Normed outputs of the last layer (B, T, D), the span they stand at, and the state after."""
-        at = replace(self._span(ids_BT, state, segments_BT, keep), shared=shared or {}, places_BTA=places_BTA)
+        at = self._span(ids_BT, state, segments_BT, keep, parents_BT)
+        at = replace(at, shared=shared or {}, places_BTA=places_BTA)
         x_BTD = self.embed(ids_BT)
         at.shared["embedding"] = x_BTD
         x_BTD, after = self.blocks(x_BTD, at, state)
@@ -129,14 +156,18 @@ class Decoder(Model):
         segments_BT: Tensor | None = None,
         keep: int = 0,
         places_BTA: Tensor | None = None,
+        parents_BT: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """Next-token logits (B, T, C) and the state after the call (None when none was given).
 
         ids_BT: int64 token ids. segments_BT: document ids >= 0, -1 for padding anywhere in a row; a change begins a
         new document. keep=k: the state can be committed by `models.state.select` after any of the last k tokens.
         places_BTA: where position schemes take the tokens to stand, (B, T) or (B, T, axes); None: their positions.
+        parents_BT: the tokens are a draft tree that continues each row's document: the column of each one's parent,
+        before it, int64, -1 where it follows the document itself. Segments are then 0, or -1 for padding, and
+        `select` commits a path from a root on; nothing else may be done with the state.
         """
-        x_BTD, at, state = self.hidden(ids_BT, state, segments_BT, keep, places_BTA=places_BTA)
+        x_BTD, at, state = self.hidden(ids_BT, state, segments_BT, keep, None, places_BTA, parents_BT)
         return self.head(x_BTD, at)[0], state
 
     def forward(self, batch: Batch, phase: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
@@ -161,6 +192,12 @@ class Decoder(Model):
     def predict(self, inputs: Batch) -> Batch:
         return {"logits_BTC": self.logits(inputs["ids_BT"], None, inputs.get("segments_BT"))[0]}
 
+    def takes(self) -> dict[str, Input]:
+        return {
+            "ids_BT": Input(torch.int64, (None,), 0, self.config.vocab - 1),
+            "segments_BT": Input(torch.int64, (None,), -1, like="ids_BT", optional=True),
+        }
+
     def example(self, n: int, seed: int = 0) -> Batch:
         """Rows of 32 tokens, each the first half twice: bigrams are learnt at once, the copy with memory."""
         generator = torch.Generator().manual_seed(seed)
@@ -172,7 +209,14 @@ class Decoder(Model):
 
     # -- documents -----------------------------------------------------------------------------------------------
 
-    def _span(self, ids_BT: Tensor, state: State | None, segments_BT: Tensor | None, keep: int) -> Span:
+    def _span(
+        self,
+        ids_BT: Tensor,
+        state: State | None,
+        segments_BT: Tensor | None,
+        keep: int,
+        parents_BT: Tensor | None = None,
+    ) -> Span:
         if ids_BT.dim() != 2 or ids_BT.dtype != torch.int64 or not ids_BT.numel():
             got = f"{ids_BT.dtype} {tuple(ids_BT.shape)}"
             raise ValueError(f"ids_BT: expected int64 of at least one row and one token, (rows, tokens), got {got}")
@@ -180,20 +224,35 @@ class Decoder(Model):
             raise ValueError(f"segments_BT: shape {tuple(segments_BT.shape)} differs from ids_BT {tuple(ids_BT.shape)}")
         if keep and state is None:
             raise ValueError("keep: there is nothing to roll back without a state")
+        if parents_BT is not None:
+            if parents_BT.shape != ids_BT.shape or parents_BT.dtype != torch.int64:
+                raise ValueError(f"parents_BT: expected int64 of the shape of ids_BT, {tuple(ids_BT.shape)}")
+            if state is None or keep:
+                raise ValueError("parents_BT: a draft tree continues the document of a state, and is kept whole")
         if state is not None and not torch.compiler.is_compiling():
             self._check_state(state, keep)
         length_B = None if state is None else state["length"]
         if length_B is not None and len(length_B) != len(ids_BT):
             raise ValueError(f"state has {len(length_B)} rows, ids_BT has {len(ids_BT)}")
-        if segments_BT is None:
+        if parents_BT is not None:
+            local_BT = None if segments_BT is None else segments_BT.clamp(max=0)
+            depth_BT = depths(parents_BT)
+            depth_BT = depth_BT if local_BT is None else torch.where(local_BT < 0, 0, depth_BT)
+            positions_BT = length_B[:, None] + depth_BT
+        elif segments_BT is None:
             positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
             positions_BT = positions_BT if length_B is None else positions_BT + length_B[:, None]
             local_BT = None
         else:
             local_BT, positions_BT = localize(segments_BT, length_B, None if state is None else state["segment"])
-        if not torch.compiler.is_compiling() and ids_BT.device.type == "cpu":
+        if not torch.compiler.is_compiling() and type(ids_BT) is Tensor and ids_BT.is_cpu:
             self._check_values(ids_BT, state, local_BT, positions_BT, keep)
-        return Span(positions_BT, ids_BT, local_BT, length_B, keep)
+            if parents_BT is not None:
+                self._check_tree(parents_BT, local_BT, positions_BT - length_B[:, None])
+        if parents_BT is None:
+            return Span(positions_BT, ids_BT, local_BT, length_B, keep)
+        tree = {"parents_BT": parents_BT, "drafts": True}
+        return Span(positions_BT, ids_BT, local_BT, length_B, ids_BT.shape[1], **tree)
 
     @cached_property
     def _names(self) -> set[str]:
@@ -234,10 +293,20 @@ class Decoder(Model):
             if starts_BT[:, -keep:].any():
                 raise ValueError("keep: a document begins in the kept columns, over the one before; split the call")
 
+    def _check_tree(self, parents_BT: Tensor, local_BT: Tensor | None, depth_BT: Tensor) -> None:
+        real_BT = torch.ones_like(parents_BT, dtype=torch.bool) if local_BT is None else local_BT >= 0
+        parents_BT = torch.where(real_BT, parents_BT, -1)
+        if ((parents_BT < -1) | (parents_BT >= torch.arange(parents_BT.shape[1]))).any():
+            raise ValueError("parents_BT: of each token the column of its parent, before its own; -1 for none")
+        if ((parents_BT >= 0) & ~real_BT.gather(1, parents_BT.clamp(min=0))).any():
+            raise ValueError("parents_BT: a parent is padding")
+        if int(depth_BT.max()) >= DRAFT and self._windowed:
+            raise ValueError(f"parents_BT: windows are kept long enough to roll back {DRAFT} tokens, no more")
+
     def _count(self, at: Span, state: State, segments_BT: Tensor | None) -> State:
         """`length` and `segment` after the call, or before and after each of the last `keep` columns."""
         columns, keep = at.positions_BT.shape[1], at.keep
-        if segments_BT is None:
+        if segments_BT is None or at.parents_BT is not None:
             steps_K = torch.arange(columns - keep, columns + 1, device=at.positions_BT.device)
             moments = {
                 "length": state["length"][:, None] + steps_K,

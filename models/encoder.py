@@ -19,7 +19,7 @@ from models.config import at_least, parse_part
 from models.layers import norm
 from models.layers.activation import activate
 from models.layers.mlp import MLP, Activation
-from models.model import Batch, Model
+from models.model import Batch, Input, Model
 from models.span import Span, localize
 from models.stack import Layers, draw_linears
 from models.stateful import Place, Stateful
@@ -212,6 +212,13 @@ class Encoder(Model):
         """hidden_BTD, and logits_BTC of what stands in each place; inputs: as `forward`'s, masked where one likes."""
         hidden_BTD = self.hidden(inputs["ids_BT"], inputs.get("segments_BT"), self.shared(inputs))
         return {"hidden_BTD": hidden_BTD, "logits_BTC": self.tell(hidden_BTD)}
+
+    def takes(self) -> dict[str, Input]:
+        return {
+            "ids_BT": Input(torch.int64, (None,), 0, self.config.vocab),
+            "segments_BT": Input(torch.int64, (None,), -1, like="ids_BT", optional=True),
+            **{name: Input(torch.int64, (None,), 0, 1, "ids_BT", True) for name in self.inputs},
+        }
 
     def example(self, n: int, seed: int = 0) -> Batch:
         """Rows of 32 tokens, two of them in turn: a hidden one is told by any other two places away."""

@@ -3,11 +3,27 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.stateful import Stateful
 
 Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A tensor that `predict` takes. shape: of a row, None for any length. least, most: of whole numbers, None for any.
+
+    like: the input that has the same shape, if one must. optional: may be missing.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+    least: int | None = None
+    most: int | None = None
+    like: str | None = None
+    optional: bool = False
 
 
 class Model(nn.Module):
@@ -47,7 +63,11 @@ class Model(nn.Module):
                 part.after_step()
 
     def predict(self, inputs: Batch) -> Batch:
-        """What serving calls for inputs of this family."""
+        """What serving calls with what `takes` names; every output has a row for each row of the inputs."""
+        raise TypeError(f"{type(self).__name__} does not predict")
+
+    def takes(self) -> dict[str, Input]:
+        """What `predict` reads, by name."""
         raise TypeError(f"{type(self).__name__} does not predict")
 
     def example(self, n: int, seed: int = 0) -> Any:

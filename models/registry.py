@@ -39,7 +39,7 @@ HOSTS = {  # kind of a part -> the decoder's field that it is named in, and how
     "cache": ("pattern", "gqa(cache={})"),
 }
 _PAPER = r"arXiv[: ](\d{4}\.\d{4,5})"
-_INTERNAL = {"layers", "hub"}  # folders without architectures
+_INTERNAL = {"layers", "hub", "quant"}  # folders without architectures
 
 
 @cache

@@ -6,9 +6,12 @@ keep their fast paths.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from models.tree import Paths, paths
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,9 @@ class Span:
     shared:       what lower layers of this call hand to higher ones, name -> (B, T, ...); a layer may add to it.
     losses:       auxiliary losses, weighted, that parts add in training; the decoder adds them to its own.
     metrics:      scalars that parts log, detached, averaged over those of one name.
+    parents_BT:   of a draft tree, the column of each token's parent, before it; -1 at a root, which follows the carried
+                  document. Segments are then 0 or -1, and positions those along the branches. None: no tree.
+    drafts:       these tokens are guesses: growing state comes back unwritten, as `models.state.Drafted`.
     """
 
     positions_BT: Tensor
@@ -37,6 +43,13 @@ class Span:
     losses: list[Tensor] = field(default_factory=list)
     metrics: dict[str, list[Tensor]] = field(default_factory=dict)
     places_BTA: Tensor | None = None
+    parents_BT: Tensor | None = None
+    drafts: bool = False
+
+    @cached_property
+    def paths(self) -> Paths:
+        """The lines of the draft tree."""
+        return paths(self.parents_BT, self.valid_BT)
 
     @property
     def valid_BT(self) -> Tensor | None:
@@ -52,6 +65,21 @@ class Span:
         """Add scalars to the metrics of this call."""
         for name, value in values.items():
             self.metrics.setdefault(name, []).append(value.detach())
+
+    def along(self, lines: Paths) -> "Span":
+        """The span in which each line of the draft tree is a row, (B L, K): what lies on it are guesses in a chain."""
+        valid = lines.columns_BLK.flatten(0, 1) >= 0
+        return replace(
+            self,
+            positions_BT=lines.spread(self.positions_BT),
+            ids_BT=None if self.ids_BT is None else lines.spread(self.ids_BT),
+            segments_BT=None if bool(valid.all()) else valid.long() - 1,
+            length_B=self.length_B.repeat_interleave(lines.columns_BLK.shape[1]),
+            keep=lines.columns_BLK.shape[2],
+            shared={name: lines.spread(value) for name, value in self.shared.items()},
+            places_BTA=None if self.places_BTA is None else lines.spread(self.places_BTA),
+            parents_BT=None,
+        )
 
     def column(self, t: int) -> "Span":
         """The span of column t alone, for code that walks tokens one by one and carries the state between them.

@@ -1,9 +1,9 @@
-"""What one call of an endpoint gets: a whole answer or a stream of chunks, in the words of the completions or the chat
-endpoint.
+"""What one call of an endpoint gets: a whole answer or a stream of chunks. What the endpoints share is here; their
+words are in `serve.completions` and `serve.chats`.
 
 An answer takes its requests in when it is opened, so that whatever can be refused is refused with a status. It is
-closed when its client has it or has gone away, and then nothing of it goes on. What takes long, encoding prompts, is
-done in a thread: the event loop serves all others meanwhile.
+closed when its client has it or has gone away, and then nothing of it goes on. What takes long, encoding prompts and
+compiling grammars, is done in a thread: the event loop serves all others meanwhile.
 """
 
 import asyncio
@@ -11,65 +11,50 @@ import json
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope
-from starlette.types import Send as SendMessage
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
 
-from serve.chat import Chat
+from serve import grammar, keys
 from serve.engine import Event, Request
 from serve.errors import APIError, translate
-from serve.logprobs import Speller, of_chat, of_completion
-from serve.metrics import Metrics, Watch
+from serve.flow import Flow
+from serve.grammar import GrammarError
+from serve.limits import Limits
+from serve.metrics import Watch
 from serve.sampler import Sampling
-from serve.schema import Body, ChatCompletion, Completion
-from serve.worker import Busy, Failed, Worker
+from serve.schema import Body
+from serve.served import Served
+from serve.worker import Busy, Failed
 
-
-@dataclass(frozen=True)
-class Service:
-    """What the routes need. name: of the model. keys: API keys, none of them means this machine only.
-
-    chat: the model's template, None when it has none. replica: told with the metrics.
-    """
-
-    worker: Worker
-    name: str
-    keys: Sequence[str] = ()
-    chat: Chat | None = None
-    replica: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
+_write = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Answer(ABC):
-    """What both endpoints share."""
-
     prefix, kind, chunk_kind = "", "", ""
     opening: Sequence[dict[str, Any]] = ()  # choices of chunks that come before everything
 
-    def __init__(self, service: Service, metrics: Metrics, speller: Speller, body: Body) -> None:
-        self.service, self.metrics, self.speller, self.body = service, metrics, speller, body
+    def __init__(self, served: Served, body: Body) -> None:
+        self.served, self.body = served, body
+        self.caller = keys.caller()
 
     async def open(self) -> None:
         """Takes the requests in. Raises APIError when the call can't be answered."""
-        body, worker, metrics = self.body, self.service.worker, self.metrics
+        backend, metrics = self.served.backend, self.served.metrics
         try:
-            worker.check_room(self.count() * body.n)
-            prompts = await asyncio.to_thread(self.prompts)
-            requests = [Request(p, self.sampling(p, index)) for p in prompts for index in range(body.n)]
-            self.call = worker.open(requests)
+            backend.check_room(self.count() * self.body.n)
+            requests, prompts = await asyncio.to_thread(self._requests)
+            self.call = backend.open(requests)
         except (ValueError, Busy, Failed) as error:
-            outcome = {Busy: "overloaded", Failed: "failed"}.get(type(error), "invalid")
-            metrics.count(outcome)
+            metrics.refuse({Busy: "overloaded", Failed: "failed"}.get(type(error), "invalid"))
             raise self.refusal(error) from error
         self.rows = len(requests)
-        self.prompt_tokens, self.completion_tokens = sum(map(len, prompts)), 0
-        self.watch = Watch(metrics, self.rows, self.prompt_tokens)
-        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+        self.prompt_tokens, self.cached_tokens = sum(map(len, prompts)), 0
+        self.completion_tokens = 0
+        self.watch = Watch(metrics, requests, self.prompt_tokens)
+        self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.body.model}
 
     # -- what the endpoints differ in ----------------------------------------------------------------------------
 
@@ -83,45 +68,98 @@ class Answer(ABC):
 
     @abstractmethod
     def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
-        """max_tokens and logprobs of a request's Sampling."""
+        """max_tokens, logprobs and stop of a request's Sampling."""
 
     @abstractmethod
-    def choice(self, index: int, text: str, events: Sequence[Event]) -> dict[str, Any]:
+    def choice(self, index: int, events: Sequence[Event]) -> dict[str, Any]:
         """A whole completion."""
 
     @abstractmethod
-    def deltas(self, index: int, event: Event) -> list[dict[str, Any]]:
-        """Choices of the chunks of one event."""
+    def deltas(self, index: int, events: Sequence[Event]) -> list[dict[str, Any]]:
+        """Choices of the chunks of some events of one completion."""
 
     def refusal(self, error: Exception) -> APIError:
         return translate(error)
 
     # -- what they share -----------------------------------------------------------------------------------------
 
-    def sampling(self, prompt: Sequence[int], index: int) -> Sampling:
+    def _requests(self) -> tuple[list[Request], list[list[int]]]:
+        rule = self.rule()
+        prompts = self.prompts()
+        options = {"priority": self.body.priority}
+        if self.caller is not None:
+            options = {"priority": self.body.priority + self.caller.key.priority, "key": self.caller.key.name}
+        n = range(self.body.n)
+        return [Request(p, self._sampling(p, index, rule), **options) for p in prompts for index in n], prompts
+
+    def rule(self) -> str:
+        """The grammar that completions follow; none when it is empty. ValueError for one that cannot be followed."""
+        form, more = self.body.response_format, self.body.structured_outputs
+        if self.body.json_asked:
+            schema = {"type": "object"} if form.json_schema is None else form.json_schema.schema_
+            return self.checked("response_format", grammar.of_schema, schema)
+        if more is None:
+            return ""
+        if more.regex is not None:
+            return self.checked("structured_outputs", grammar.of_regex, more.regex)
+        if more.choice is not None:
+            return self.checked("structured_outputs", grammar.of_choice, more.choice)
+        if more.grammar is not None:
+            return self.checked("structured_outputs", grammar.of_lark, more.grammar)
+        return self.checked("structured_outputs", grammar.of_schema, more.json_ or {"type": "object"})
+
+    def checked(self, field: str, make: Callable[..., str], *options: Any) -> str:
+        """The grammar that `make` makes of `options`; a ValueError that begins with `field` tells what is wrong."""
+        if self.body.ignore_eos:
+            raise ValueError(f"ignore_eos: not together with {field}, whose end is the completion's")
+        try:
+            rule = make(*options)
+            self.served.grammars.matcher(rule)
+        except GrammarError as error:
+            raise ValueError(f"{field}: {error}") from None
+        return rule
+
+    def _sampling(self, prompt: Sequence[int], index: int, rule: str) -> Sampling:
         """Of completion `index` of a prompt: with a seed, each has its own."""
         body = self.body
         return Sampling(
             temperature=body.temperature,
-            top_k=body.top_k,
+            top_k=max(body.top_k, 0),
             top_p=body.top_p,
+            min_p=body.min_p,
             seed=None if body.seed is None else (body.seed + index) % 2**64,
-            stop=tuple(body.stop),
+            stop_token_ids=tuple(body.stop_token_ids),
             ignore_eos=body.ignore_eos,
+            min_tokens=body.min_tokens,
             frequency_penalty=body.frequency_penalty,
             presence_penalty=body.presence_penalty,
+            repetition_penalty=body.repetition_penalty,
+            logit_bias=tuple((int(token), value) for token, value in body.logit_bias.items()),
+            grammar=rule,
             **self.limits(prompt),
         )
 
-    async def events(self) -> AsyncIterator[tuple[int, Event]]:
+    async def batches(self, quiet_seconds: float | None = None) -> AsyncIterator[dict[int, list[Event]]]:
+        """Events by completion, as many as there are each time. Nothing of any after `quiet_seconds` without one."""
         try:
-            async for index, event in self.call:
-                if event.error is not None:
-                    message = f"a completion broke: {type(event.error).__name__}: {event.error}"
-                    raise APIError(500, " ".join(message.split()), code="completion_failed") from event.error
-                self.completion_tokens += event.token is not None
-                self.watch.see(index, event)
-                yield index, event
+            while True:
+                try:
+                    async with asyncio.timeout(quiet_seconds):
+                        batch = await self.call.read()
+                except TimeoutError:
+                    yield {}
+                    continue
+                if not batch:
+                    return
+                rows: dict[int, list[Event]] = {}
+                for index, event in batch:
+                    if event.error is not None:
+                        raise _broken(event.error)
+                    self.completion_tokens += event.token is not None
+                    self.cached_tokens += event.cached
+                    rows.setdefault(index, []).append(event)
+                self.watch.see(rows)
+                yield rows
         except APIError:
             self.watch.close("failed")
             raise
@@ -130,160 +168,111 @@ class Answer(ABC):
             raise translate(error) from error
 
     def close(self) -> None:
-        """Any number of times."""
+        """Once, when the client has its answer or has gone away."""
         self.call.close()
         self.watch.close("cancelled")
+        if self.caller is not None:
+            self.caller.charge(self.prompt_tokens + self.completion_tokens)
 
-    def usage(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
+    def usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
     async def whole(self) -> dict[str, Any]:
-        rows: list[list[Event]] = [[] for _ in range(self.rows)]
-        try:
-            async for index, event in self.events():
-                rows[index].append(event)
-        finally:
-            self.close()
-        choices = [self.choice(index, "".join(e.text for e in events), events) for index, events in enumerate(rows)]
+        events: list[list[Event]] = [[] for _ in range(self.rows)]
+        async for rows in self.batches():
+            for index, some in rows.items():
+                events[index] += some
+        choices = [self.choice(index, some) for index, some in enumerate(events)]
         return {**self.head, "object": self.kind, "choices": choices, "usage": self.usage()}
 
-    async def chunks(self) -> AsyncIterator[str]:
-        with_usage = self.body.stream_options is not None and self.body.stream_options.include_usage
-        head = {**self.head, "object": self.chunk_kind, **({"usage": None} if with_usage else {})}
+    async def chunks(self, quiet_seconds: float) -> AsyncIterator[str]:
+        """Server-sent events, all that there is to send at a time."""
+        options = self.body.stream_options
+        last = options is not None and options.include_usage
+        each = options is not None and options.continuous_usage_stats
+        before = f"data: {_write({**self.head, 'object': self.chunk_kind})[:-1]}"
+
+        def sse(choices: Sequence[dict[str, Any]]) -> str:
+            usage = f',"usage":{_write(self.usage())}' if each else ',"usage":null' if last else ""
+            return "".join(f'{before},"choices":[{_write(choice)}]{usage}}}\n\n' for choice in choices)
+
         try:
-            for choice in self.opening:
-                yield _sse({**head, "choices": [choice]})
-            async for index, event in self.events():
-                for choice in self.deltas(index, event):
-                    yield _sse({**head, "choices": [choice]})
+            if self.opening:
+                yield sse(self.opening)
+            async for rows in self.batches(quiet_seconds):
+                text = "".join(sse(self.deltas(index, events)) for index, events in rows.items())
+                if text or not rows:
+                    yield text or ": still here\n\n"
         except APIError as error:  # too late for a status
-            yield _sse(error.json())
+            yield f"data: {_write(error.json())}\n\n"
             return
-        if with_usage:
-            yield _sse({**head, "choices": [], "usage": self.usage()})
+        if last:
+            yield f'{before},"choices":[],"usage":{_write(self.usage())}}}\n\n'
         yield "data: [DONE]\n\n"
 
 
-class Stream(StreamingResponse):
-    """Server-sent events of an answer, which is closed whenever the response is over, even before it began."""
+class Reply(Response):
+    """An answer on its way to its client. It is closed when that is over, however and whenever."""
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer.chunks(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.answer = answer
+    def __init__(self, answer: Answer, limits: Limits, flow: Flow) -> None:
+        self.answer, self.limits, self.flow = answer, limits, flow
+        self.background = None
+        self.raw_headers = []
 
-    async def __call__(self, scope: Scope, receive: Receive, send: SendMessage) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = self.answer.body.stream
+        work = asyncio.ensure_future(self._stream(send) if stream else self._whole(scope, receive, send))
+        leave = asyncio.ensure_future(_left(receive))
+        self.flow.streams += stream
         try:
-            await super().__call__(scope, receive, send)
+            await asyncio.wait((work, leave), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self.flow.streams -= stream
             self.answer.close()
+            leave.cancel()
+            if not work.done():
+                work.cancel()
+        if work.done():
+            work.result()
+
+    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = JSONResponse(await self.answer.whole())
+        except APIError as error:
+            response = error.response()
+        await response(scope, receive, send)
+
+    async def _stream(self, send: Send) -> None:
+        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        flow = self.flow
+        async for text in self.answer.chunks(self.limits.quiet_seconds):
+            try:
+                async with asyncio.timeout(self.limits.send_seconds):
+                    await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+            except TimeoutError:  # a client that does not read; it gets no proper end
+                return
+            rest = flow.rest(time.perf_counter())
+            if rest > 0:
+                await asyncio.sleep(rest)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-class CompletionAnswer(Answer):
-    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-    body: Completion
-
-    def count(self) -> int:
-        return len(self.body.prompts())
-
-    def prompts(self) -> list[list[int]]:
-        engine = self.service.worker.engine
-        if self.body.echo and engine.tokenizer is None:
-            raise ValueError("echo: the model has no tokenizer, so there is no text to repeat")
-        return [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.body.prompts()]
-
-    @cached_property
-    def echoes(self) -> list[str]:
-        """What comes before each completion."""
-        if not self.body.echo:
-            return [""] * self.rows
-        decode = self.service.worker.engine.tokenizer.decode
-        texts = [prompt if isinstance(prompt, str) else decode(prompt) for prompt in self.body.prompts()]
-        return [text for text in texts for _ in range(self.body.n)]
-
-    def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
-        return {"max_tokens": self.body.max_tokens, "logprobs": self.body.logprobs}
-
-    def choice(self, index: int, text: str, events: Sequence[Event]) -> dict[str, Any]:
-        return self._choice(index, self.echoes[index] + text, events, events[-1].reason)
-
-    @property
-    def opening(self) -> list[dict[str, Any]]:
-        return [self._choice(index, text, (), None) for index, text in enumerate(self.echoes) if text]
-
-    def deltas(self, index: int, event: Event) -> list[dict[str, Any]]:
-        if event.text or event.reason or event.logprobs:
-            return [self._choice(index, event.text, [event], event.reason)]
-        return []
-
-    def _choice(self, index: int, text: str, events: Sequence[Event], reason: str | None) -> dict[str, Any]:
-        told = [event for event in events if event.logprobs is not None]
-        table = of_completion(self.speller, told) if self.body.logprobs is not None else None
-        return {"index": index, "text": text, "logprobs": table, "finish_reason": reason}
+async def _left(receive: Receive) -> None:
+    """Until the client has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
-class ChatAnswer(Answer):
-    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    body: ChatCompletion
-
-    def count(self) -> int:
-        return 1
-
-    def prompts(self) -> list[list[int]]:
-        if self.service.chat is None:
-            raise ValueError("messages: this model has no chat template; use /v1/completions")
-        turns = [turn.plain() for turn in self.body.messages]
-        self.service.worker.engine.check_text(*(turn["content"] for turn in turns))
-        return [self.service.chat.encode(turns)]
-
-    @cached_property
-    def begun(self) -> set[int]:
-        """Completions whose first chunk was made."""
-        return set()
-
-    def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
-        room = self.service.worker.engine.memory.longest - len(prompt)
-        if room < 1:
-            raise ValueError(
-                f"messages: they are {len(prompt)} tokens, and at most {len(prompt) + room - 1} leave room"
-            )
-        told = (self.body.top_logprobs or 0) if self.body.logprobs else None
-        return {"max_tokens": self.body.max_tokens or room, "logprobs": told}
-
-    def refusal(self, error: Exception) -> APIError:
-        refusal = translate(error)
-        if refusal.param == "prompt":  # of which the messages make one
-            refusal.param = "messages"
-        return refusal
-
-    def choice(self, index: int, text: str, events: Sequence[Event]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        reason = events[-1].reason
-        return {"index": index, "message": message, "logprobs": self._logprobs(events), "finish_reason": reason}
-
-    def deltas(self, index: int, event: Event) -> list[dict[str, Any]]:
-        choices = []
-        if index not in self.begun:
-            self.begun.add(index)
-            choices.append(_delta(index, {"role": "assistant", "content": "", "refusal": None}))
-        if event.text or event.logprobs:
-            choices.append(_delta(index, {"content": event.text}, logprobs=self._logprobs([event])))
-        if event.reason:
-            choices.append(_delta(index, {}, reason=event.reason))
-        return choices
-
-    def _logprobs(self, events: Sequence[Event]) -> dict[str, Any] | None:
-        told = [event for event in events if event.logprobs is not None]
-        return of_chat(self.speller, told) if self.body.logprobs else None
-
-
-def _delta(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-
-def _sse(chunk: dict[str, Any]) -> str:
-    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
+def _broken(error: Exception) -> APIError:
+    if isinstance(error, GrammarError):
+        return APIError(400, f"response_format: {error}", "response_format", "grammar_too_complex")
+    message = f"a completion broke: {type(error).__name__}: {error}"
+    failure = APIError(500, " ".join(message.split()), code="completion_failed")
+    failure.__cause__ = error
+    return failure

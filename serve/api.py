@@ -1,15 +1,12 @@
-"""OpenAI's HTTP API over one engine: models, completions and chat completions (whole or as server-sent events), and
-beside it /health and /metrics.
+"""OpenAI's HTTP API over the models of a service: completions and chat completions (whole or as server-sent events),
+embeddings, models, tokens, and beside it /health, /ready, /version and /metrics.
 
-`create_app(service)` is a plain ASGI application; Ray Serve runs it in `serve.app`. Every error has OpenAI's shape.
-With keys, all but /health asks for one of them; without, only clients on this machine are served. A body is taken in
-up to MOST_BYTES, whoever sends it.
+`create_app(service)` is a plain ASGI application; Ray Serve runs it in `serve.gateway`. Every error has OpenAI's shape.
+Who may come in is told in `serve.keys`, how much one may send in `serve.limits`. What the API is, is told at
+/openapi.json.
 """
 
-import hmac
-import ipaddress
-from collections.abc import Sequence
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -17,27 +14,48 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.answers import Answer, ChatAnswer, CompletionAnswer, Service, Stream
+from serve import pages, predictions, tokens
+from serve.answers import Answer, Reply
+from serve.chats import ChatAnswer
+from serve.completions import CompletionAnswer
+from serve.embeddings import embed
 from serve.errors import APIError, invalid, translate
-from serve.logprobs import Speller
-from serve.metrics import Metrics
-from serve.schema import ChatCompletion, Completion
+from serve.flow import Flow
+from serve.keys import Guard, Keys
+from serve.limits import Limit
+from serve.metrics import exposition
+from serve.openapi import describe
+from serve.replies import (
+    ChatReply,
+    CompletionReply,
+    EmbeddingReply,
+    ModelCard,
+    ModelList,
+    PredictorCard,
+    Status,
+    Text,
+    Tokens,
+    Version,
+    errors,
+)
+from serve.schema import ChatCompletion, Completion, Detokenization, Embedding, Tokenization
+from serve.served import Served, Service
 from serve.worker import Failed
 
-__all__ = ["Service", "create_app"]
+__all__ = ["Served", "Service", "create_app"]
 
-MOST_BYTES = 8 * 2**20  # of a body: hundreds of prompts of thousands of tokens
+STREAM = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+WORK = errors(400, 401, 404, 408, 413, 429, 500, 503)  # of a route that computes
+OPEN = ("/health", "/ready", "/ping")
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application for one model."""
-    app = FastAPI(title="Edifice", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Limit, most=MOST_BYTES)
-    app.add_middleware(Guard, keys=service.keys)  # the last one added comes first
-    metrics = Metrics(service.worker, service.name, service.replica)
-    speller = Speller(service.worker.engine.tokenizer)
+    """The application over the models of `service`."""
+    app = FastAPI(title="Edifice", version=_version(), docs_url=None, redoc_url=None, responses=errors(401, 500))
+    app.add_middleware(Limit, limits=service.limits)
+    app.add_middleware(Guard, keys=Keys(service.keys), is_open=_is_open)  # the last one added comes first
+    flow = Flow()
 
     @app.exception_handler(APIError)
     async def refused(_: HTTPRequest, error: APIError) -> Response:
@@ -46,115 +64,115 @@ def create_app(service: Service) -> FastAPI:
     @app.exception_handler(HTTPException)
     async def unknown_route(request: HTTPRequest, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return APIError(error.status_code, message, code="not_found" if error.status_code == 404 else None).response()
+        if error.status_code == 400:
+            message = "the body is not JSON: it is not UTF-8, or nested too deeply"
+        refusal = APIError(error.status_code, message, code="not_found" if error.status_code == 404 else None)
+        response = refusal.response()
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: HTTPRequest, error: RequestValidationError) -> Response:
-        metrics.count("invalid")
-        return invalid(error.errors()[0]).response()
+        return invalid(error.errors()).response()
 
     @app.exception_handler(Exception)
     async def unexpected(_: HTTPRequest, error: Exception) -> Response:
         """What went wrong is in the log: it is raised again behind this answer."""
         return APIError(500, "the server failed on this request; its log says why").response()
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
+    async def respond(answer: Answer) -> Response:
+        await answer.open()
+        return Reply(answer, service.limits, flow)
+
+    @app.get("/health", responses=errors(503))
+    @app.get("/ping", responses=errors(503))
+    async def health() -> Status:
+        """The process answers, and no engine of it is broken."""
         try:
-            service.worker.check()
+            for served in list(service.models.values()):
+                served.backend.check()
         except Failed as error:
             raise translate(error) from error
-        return {"status": "ok"}
+        return Status(status="ok")
 
-    @app.get("/metrics")
+    @app.get("/ready", responses=errors(503))
+    async def ready() -> Status:
+        """There is a model, and requests for any would be answered now."""
+        if not service.models:
+            raise APIError(503, "there is no model yet", code="not_ready")
+        return await health()
+
+    @app.get("/version")
+    async def versions() -> Version:
+        return Version(version=_version())
+
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def numbers() -> Response:
-        return Response(metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+        models = [served.metrics for served in service.models.values()]
+        return Response(exposition(models), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_card(service)]}
+    async def models() -> ModelList:
+        cards = [_card(served) for served in service.models.values()]
+        predicting = [PredictorCard(**predictions.card(name, each)) for name, each in service.predictors.items()]
+        return ModelList(object="list", data=[*cards, *predicting])
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        _check_name(service, name)
-        return _card(service)
+    @app.get("/v1/models/{name:path}", responses=errors(404))
+    async def model(name: str) -> ModelCard | PredictorCard:
+        if name in service.predictors:
+            return PredictorCard(**predictions.card(name, service.predictors[name]))
+        return _card(_find(service, name))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=CompletionReply, responses={**WORK, **STREAM})
     async def completions(body: Completion) -> Response:
-        _check_name(service, body.model)
-        return await _respond(CompletionAnswer(service, metrics, speller, body))
+        return await respond(CompletionAnswer(_find(service, body.model), body))
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=ChatReply, responses={**WORK, **STREAM})
     async def chat_completions(body: ChatCompletion) -> Response:
-        _check_name(service, body.model)
-        return await _respond(ChatAnswer(service, metrics, speller, body))
+        return await respond(ChatAnswer(_find(service, body.model), body))
 
+    @app.post("/v1/embeddings", response_model=EmbeddingReply, responses=WORK)
+    async def embeddings(body: Embedding) -> Response:
+        return JSONResponse(await embed(_find(service, body.model), body))
+
+    @app.post("/tokenize", responses=WORK)
+    async def tokenize(body: Tokenization) -> Tokens:
+        return await tokens.tokenize(_find(service, body.model), body)
+
+    @app.post("/detokenize", responses=WORK)
+    async def detokenize(body: Detokenization) -> Text:
+        return await tokens.detokenize(_find(service, body.model), body)
+
+    app.include_router(pages.routes(service))
+    app.include_router(predictions.routes(service.predictors, WORK))
+    describe(app, service)
     return app
 
 
-class Guard:
-    """ASGI middleware: who may come in."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self.app, self.keys = app, [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] == "/health":
-            return await self.app(scope, receive, send)
-        refusal = self._refusal(scope)
-        await (self.app if refusal is None else refusal.response())(scope, receive, send)
-
-    def _refusal(self, scope: Scope) -> APIError | None:
-        if not self.keys:
-            if _is_loopback(scope.get("client")):
-                return None
-            return APIError(401, "this server has no API keys (EDIFICE_API_KEYS), so it serves its own machine only")
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        kind, _, key = given.partition(b" ")
-        if kind.lower() == b"bearer" and any([hmac.compare_digest(key.strip(), known) for known in self.keys]):
-            return None
-        return APIError(
-            401, "send one of this server's API keys as 'Authorization: Bearer KEY'", code="invalid_api_key"
-        )
+def _find(service: Service, name: str) -> Served:
+    served = service.models.get(name)
+    if served is None:
+        known = ", ".join(map(repr, service.models)) or "none"
+        raise APIError(404, f"the model {name!r} does not exist; this server has {known}", "model", "model_not_found")
+    return served
 
 
-class Limit:
-    """ASGI middleware: how much one may send. Counted as it comes, for a client need not tell beforehand."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self.most:
-                raise HTTPException(413, f"the body has more than the {self.most} bytes that are allowed")
-            return message
-
-        await self.app(scope, counted, send)
+def _card(served: Served) -> ModelCard:
+    return ModelCard(
+        id=served.name,
+        object="model",
+        created=served.created,
+        owned_by="edifice",
+        max_model_len=served.prompts.longest,
+    )
 
 
-async def _respond(answer: Answer) -> Response:
-    await answer.open()
-    return Stream(answer) if answer.body.stream else JSONResponse(await answer.whole())
+def _is_open(path: str) -> bool:
+    return path in OPEN or pages.is_open(path)
 
 
-def _is_loopback(client: Sequence | None) -> bool:
+def _version() -> str:
     try:
-        return client is not None and ipaddress.ip_address(client[0]).is_loopback
-    except ValueError:
-        return False
-
-
-def _check_name(service: Service, name: str) -> None:
-    if name != service.name:
-        message = f"the model {name!r} does not exist; this server has {service.name!r}"
-        raise APIError(404, message, "model", "model_not_found")
-
-
-def _card(service: Service) -> dict[str, Any]:
-    return {"id": service.name, "object": "model", "created": service.created, "owned_by": "edifice"}
+        return version("edifice")
+    except PackageNotFoundError:  # run from a checkout, as Ray does
+        return "0"

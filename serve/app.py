@@ -1,65 +1,120 @@
 """The Ray Serve application.
 
-    serve run serve.app:build model=RUN_OR_DIR [name=...] [max_rows=32] [max_len=2048] [memory_bytes=...] [chunk=256]
-                              [waiting=256] [replicas=1] [cpus=1] [gpus=0]
+    serve run serve.app:build model=RUN_OR_DIR[,RUN_OR_DIR...] [name=...] [replicas=1] [most_replicas=...] [gateways=1]
+                              [keys=FILE] [max_rows=32] [max_len=2048] [memory_bytes=...] [chunk=256] [waiting=256]
+                              [stall=10] [cpus=1] [gpus=0]
 
 RUN is the name of a run under EDIFICE_HOME/runs or its folder, DIR a model folder; a tokenizer_config.json or a
-chat_template.jinja in it says how chats become prompts and which further token ends a completion. A replica holds one
-engine in a thread; one whose engine broke is replaced. EDIFICE_API_KEYS, comma separated, is read where this command
-runs. /metrics tells the numbers of the replica that happens to answer (`serve.metrics`).
+chat_template.jinja in it says how chats become prompts and which further token ends a completion. Replicas keep to the
+checkpoint that is the newest when this command runs. `models=` takes a JSON list of tables instead, each with these
+options of its own.
+
+A gateway (`serve.gateway`) answers HTTP, replicas (`serve.replica`) hold one engine each. most_replicas lets Ray Serve
+start more of them, up to so many, when there are more than max_rows requests for each. EDIFICE_API_KEYS, comma
+separated, is read where this command runs; keys= names a file of keys with limits (`serve.keys`).
 """
 
+import json
 import os
 from typing import Any
 
 from click import ClickException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
+from ray.serve.handle import DeploymentHandle
 
 from cluster import folder, storage
+from serve.directory import Directory, Model
+from serve.gateway import Gateway
+from serve.replica import Replica
+
+ENGINE = ("max_rows", "max_len", "memory_bytes", "chunk")  # what `serve.engine.load` takes
 
 
-class Arguments(BaseModel):
-    """Builder arguments; a command line gives them as text."""
+class Options(BaseModel):
+    """Of one model; a command line gives them as text."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str = Field(min_length=1)
     name: str = ""
+    replicas: int = Field(1, ge=1)
+    most_replicas: int | None = Field(None, ge=1)
     max_rows: int = Field(32, ge=1)
     max_len: int = Field(2048, ge=1)
     memory_bytes: int | None = Field(None, ge=1)
     chunk: int = Field(256, ge=1)
     waiting: int = Field(256, ge=0)
-    replicas: int = Field(1, ge=1)
+    stall: float = Field(10, gt=0)
     cpus: float = Field(1, ge=0)
     gpus: float = Field(0, ge=0)
 
 
+class Arguments(Options):
+    """Of `build`."""
+
+    model: str = ""
+    models: list[Options] = []
+    gateways: int = Field(1, ge=1)
+    keys: str = ""
+
+
 def build(args: dict[str, Any]) -> Application:
     """The application for `serve run`. A wrong argument is one line, before Ray does anything."""
+    from serve import keys
+
+    arguments = _validated(Arguments, args)
+    models = [located(options) for options in _models(arguments, args)]
+    names = [model.name for model, _ in models]
+    if len(set(names)) < len(names):
+        raise ClickException(f"models: {', '.join(names)}: each must have its own name; give them one with name=")
     try:
-        arguments = Arguments.model_validate(args)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        known = ", ".join(Arguments.model_fields)
-        raise ClickException(f"{name}: {first['msg']}; the arguments are name=value of {known}") from None
-    path = find(arguments.model)
-    options = {key: getattr(arguments, key) for key in ("max_rows", "max_len", "memory_bytes", "chunk")}
-    keys = [key.strip() for key in os.environ.get("EDIFICE_API_KEYS", "").split(",") if key.strip()]
-    name = arguments.name or storage.split(arguments.model)[1]
-    server = Server.options(
-        num_replicas=arguments.replicas,
-        max_ongoing_requests=arguments.max_rows + arguments.waiting + 64,  # it is the worker that says 429
-        ray_actor_options={"num_cpus": arguments.cpus, "num_gpus": arguments.gpus},
+        known = keys.plain(os.environ.get("EDIFICE_API_KEYS", "")) + (
+            keys.read(arguments.keys) if arguments.keys else []
+        )
+    except ValueError as error:
+        raise ClickException(f"keys={error}") from None
+    directory = Directory.bind()
+    gateway = Gateway.options(num_replicas=arguments.gateways)
+    return gateway.bind(
+        [model for model, _ in models], known, directory, [replicas(*each, directory) for each in models]
     )
-    return server.bind(path, name, keys, arguments.waiting, options)
+
+
+def replicas(model: Model, options: Options, directory: Application | DeploymentHandle) -> Application:
+    """Those of one model."""
+    scaling: dict[str, Any] = {"num_replicas": options.replicas}
+    if options.most_replicas is not None:
+        scaling["num_replicas"] = None
+        scaling["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=options.replicas,
+            max_replicas=max(options.replicas, options.most_replicas),
+            target_ongoing_requests=options.max_rows,
+            look_back_period_s=15,
+            upscale_delay_s=10,
+            downscale_delay_s=120,
+            policy=AutoscalingPolicy(policy_function="serve.scaling:by_requests"),
+        )
+    deployment = Replica.options(
+        name=f"Replica {model.name}",
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+        **scaling,
+    )
+    engine = {name: getattr(options, name) for name in ENGINE}
+    return deployment.bind(model, directory, options.waiting, options.stall, engine)
+
+
+def located(options: Options) -> tuple[Model, Options]:
+    """What is to be served. ClickException in one line when it is not there."""
+    source = find(options.model)
+    config = folder.load(source).json("config.json")["config"]
+    name = options.name or storage.split(options.model)[1]
+    return Model(name, source, config["vocab"], options.max_len), options
 
 
 def find(model: str) -> str:
-    """The absolute path or URI of a run or model folder that is complete. ClickException in one line otherwise."""
+    """The absolute path or URI of the newest checkpoint of a run or of a model folder. ClickException otherwise."""
     from models import hub
 
     places = [model if storage.is_uri(model) else os.path.abspath(os.path.expanduser(model))]
@@ -67,8 +122,9 @@ def find(model: str) -> str:
         places.append(storage.join(storage.home(), "runs", model))
     for place in places:
         try:
-            if "config.json" in folder.load(hub.locate(place)):
-                return place
+            newest = hub.locate(place)
+            if "config.json" in folder.load(newest):
+                return newest
         except (OSError, ValueError):
             continue
     raise ClickException(
@@ -76,28 +132,25 @@ def find(model: str) -> str:
     )
 
 
-@serve.deployment(health_check_period_s=5, graceful_shutdown_timeout_s=10)
-@serve.ingress()
-class Server:
-    """One replica: an engine in a thread, and the HTTP routes over it."""
+def _models(arguments: Arguments, args: dict[str, Any]) -> list[Options]:
+    """One for each model."""
+    if bool(arguments.model) == bool(arguments.models):
+        raise ClickException("model: name one, or several with commas; or give models=, a JSON list of tables")
+    if arguments.models:
+        return arguments.models
+    common = {key: value for key, value in args.items() if key in Options.model_fields}
+    return [_validated(Options, {**common, "model": model.strip()}) for model in arguments.model.split(",")]
 
-    def __init__(self, path: str, name: str, keys: list[str], waiting: int, options: dict[str, Any]) -> None:
-        from serve import engine
-        from serve.api import Service
-        from serve.chat import Chat
-        from serve.sampler import Sampling
-        from serve.worker import Worker
 
-        loaded = engine.load(path, **options)
-        loaded.generate([[0, 0]], Sampling(max_tokens=2))  # what is slow once, or broken, shows now
-        chat = Chat.load(path, loaded.tokenizer)
-        replica = serve.get_replica_context().replica_id.unique_id
-        self.service = Service(Worker(loaded, waiting), name, keys, chat, replica)
-
-    def __serve_build_asgi_app__(self) -> Any:
-        from serve.api import create_app
-
-        return create_app(self.service)
-
-    def check_health(self) -> None:
-        self.service.worker.check()
+def _validated(kind: type[BaseModel], args: dict[str, Any]) -> Any:
+    try:
+        if isinstance(args.get("models"), str):
+            args = {**args, "models": json.loads(args["models"])}
+        return kind.model_validate(args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(kind.model_fields)
+        raise ClickException(f"{name}: {first['msg']}; the arguments are name=value of {known}") from None
+    except json.JSONDecodeError as error:
+        raise ClickException(f"models: not JSON: {error}") from None

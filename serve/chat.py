@@ -1,138 +1,189 @@
-"""Chats as tokens: the model folder's chat template, or the one of our own special tokens.
+"""A chat in the terminal with a server of OpenAI's API.
 
-A template is a Jinja program that comes with the weights, so it runs in a sandbox. What people write is never read as
-a special token: where a message spells one, a mark stands for it while the template runs, the rendered text is cut at
-the special tokens that the template itself wrote, and only then do the marks become their spelling again, as text.
+    python -m serve.chat [--url http://127.0.0.1:8000] [--model NAME] [--system TEXT] [--temperature 0.7] ...
+
+Ctrl-C stops an answer, Ctrl-D or /quit ends. EDIFICE_API_KEY is sent where a server asks for a key. When the input is
+no terminal, each line of it is a message and nothing but the answers is printed.
 """
 
+import argparse
 import json
+import os
 import re
-import secrets
-from collections.abc import Mapping, Sequence
-from datetime import datetime
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from rich.console import Console
 
-CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"  # files beside tokenizer.json in a model folder
-MARKERS = {"<|system|>", "<|user|>", "<|assistant|>", "<|end|>"}  # that DEFAULT writes
-DEFAULT = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+from serve.client import Client, ServerError
+
+HELP = {
+    "/help": "this list",
+    "/clear": "forget the conversation",
+    "/model [NAME]": "list the models, or go on with another",
+    "/system [TEXT]": "show the system prompt, or set it; /system - removes it",
+    "/save FILE": "write the conversation as JSON",
+    "/quit": "end",
+}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # an answer could move the cursor or rename the window
 
 
+@dataclass
 class Chat:
-    """Turns messages into the tokens of a prompt.
+    """A conversation and how to go on with it. options: further fields of each request."""
 
-    tokenizer: left as it is. template: Jinja, None for DEFAULT. tokens: spellings that a template asks for by name,
-    such as bos_token. ValueError when the template is broken or the tokenizer lacks DEFAULT's special tokens.
-    """
+    client: Client
+    model: str
+    system: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    turns: list[dict[str, str]] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)  # of the last answer
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None, tokens: Mapping[str, str] | None = None):
-        from jinja2 import TemplateSyntaxError
+    def messages(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
 
-        specials = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-        if template is None:
-            missing = MARKERS.difference(specials)
-            if missing:
-                raise ValueError(
-                    f"the model has no chat template, and its tokenizer has no {', '.join(sorted(missing))}"
-                )
-            template = DEFAULT
-        self._tokenizer = tokenizer
-        self._plain = Tokenizer.from_str(tokenizer.to_str())
-        self._plain.encode_special_tokens = True  # reads their spellings as text
-        self._ids = {special: tokenizer.token_to_id(special) for special in specials}
-        longest_first = sorted(specials, key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._tokens = {"bos_token": "<|bos|>" if "<|bos|>" in specials else "", **(tokens or {})}
+    def answer(self, text: str) -> Iterator[str]:
+        """Says `text` and yields the pieces of the answer. What came before it was stopped is kept as the answer; a
+        message without an answer is forgotten."""
+        turn = {"role": "assistant", "content": ""}
+        self.turns += [{"role": "user", "content": text}, turn]
+        self.usage = {}
+        body = {"model": self.model, "stream": True, "stream_options": {"include_usage": True}, **self.options}
         try:
-            self._template = _environment().from_string(template)
-        except TemplateSyntaxError as error:
-            raise ValueError(f"the model's chat template is broken at line {error.lineno}: {error.message}") from None
+            if self.client.chats(self.model):
+                path, body["messages"] = "/v1/chat/completions", self.messages()[:-1]
+            else:
+                path, body["prompt"] = "/v1/completions", text
+                body.setdefault("max_tokens", 256)
+            for chunk in self.client.stream(path, body):
+                self.usage = chunk.get("usage") or self.usage
+                for choice in chunk["choices"]:
+                    piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
+                    turn["content"] += piece
+                    if piece:
+                        yield piece
+        finally:
+            if not turn["content"]:
+                del self.turns[-2:]
 
-    @classmethod
-    def load(cls, path: str, tokenizer: Tokenizer | None) -> "Chat | None":
-        """Of the model folder or run at `path`; None when it is not made for chats. ValueError: a broken template."""
-        from cluster import folder
-        from models import hub
 
-        stored = folder.load(hub.locate(path))
-        config = stored.json(CONFIG) if CONFIG in stored else {}
-        template = stored.text(TEMPLATE) if TEMPLATE in stored else _default(config.get("chat_template"))
-        if tokenizer is None or (template is None and not MARKERS <= tokenizer.get_vocab().keys()):
-            return None
-        tokens = {name: spelling(value) for name, value in config.items() if name.endswith("_token")}
-        return cls(tokenizer, template, {name: token for name, token in tokens.items() if token})
+class Terminal:
+    """The conversation of a person with `chat`."""
 
-    def encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of the prompt for the next turn of the assistant. messages: role and content of each.
+    def __init__(self, chat: Chat, console: Console) -> None:
+        self.chat, self.console = chat, console
 
-        ValueError when the template refuses them.
-        """
-        from jinja2 import TemplateError
+    def run(self) -> None:
+        self._note(f"{self.chat.model} at {self.chat.client.url}; /help tells what else there is")
+        while True:
+            try:
+                line = self._read()
+            except EOFError:
+                self.console.print()
+                return
+            except KeyboardInterrupt:  # of the line, not of the program
+                self.console.print()
+                continue
+            if line in ("/quit", "/exit"):
+                return
+            try:
+                if line.startswith("/"):
+                    self._command(*line.split(maxsplit=1))
+                elif line.strip():
+                    self._answer(line)
+            except (ServerError, OSError) as error:
+                self.console.print(str(error), style="red", markup=False, highlight=False)
 
-        mark, found = secrets.token_hex(8), []
+    def _read(self) -> str:
+        """A line, or several when each but the last ends with a backslash."""
+        line = input("> ")
+        while line.endswith("\\"):
+            line = line[:-1] + "\n" + input(". ")
+        return line
 
-        def hide(match: re.Match) -> str:
-            found.append(match[0])
-            return f"\ufdd0{mark}{len(found) - 1}\ufdd1"
-
-        hidden = [{**message, "content": self._specials.sub(hide, message["content"])} for message in messages]
+    def _answer(self, line: str) -> None:
+        started, first, last = time.perf_counter(), 0.0, 0.0
         try:
-            text = self._template.render(messages=hidden, add_generation_prompt=True, **self._tokens)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"messages: the model's chat template refuses them: {reason}") from None
-        if not found:
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        shown = re.compile(f"\ufdd0{mark}(\\d+)\ufdd1")
-        ids, start = [], 0
-        for match in (*self._specials.finditer(text), None):
-            part = text[start : match.start() if match else len(text)]
-            part = shown.sub(lambda hidden: found[int(hidden[1])], part)
-            ids += self._plain.encode(part, add_special_tokens=False).ids
-            if match:
-                ids.append(self._ids[match[0]])
-                start = match.end()
-        return ids
+            for piece in self.chat.answer(line):
+                last = time.perf_counter()
+                first = first or last
+                self.console.out(harmless(piece), end="", highlight=False)
+        except KeyboardInterrupt:
+            self.console.out(" [stopped]", end="", style="yellow", highlight=False)
+        finally:
+            self.console.print()
+        tokens = self.chat.usage.get("completion_tokens", 0)
+        if tokens and first:
+            parts = [f"{tokens} tokens", f"first after {1000 * (first - started):.0f} ms"]
+            if tokens > 1 and last > first:
+                parts.insert(1, f"{(tokens - 1) / (last - first):.0f} tokens/s")
+            cached = (self.chat.usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+            self._note(", ".join(parts + [f"{cached} of the prompt cached"] * bool(cached)))
+
+    def _command(self, name: str, given: str = "") -> None:
+        chat = self.chat
+        if name == "/clear":
+            chat.turns.clear()
+            self._note("forgotten")
+        elif name == "/model" and given:
+            chat.model = chat.client.choose(given)
+            self._note(f"now {chat.model}")
+        elif name == "/model":
+            self._note("\n".join(f"{'*' if each == chat.model else ' '} {each}" for each in chat.client.models()))
+        elif name == "/system":
+            chat.system = "" if given == "-" else given or chat.system
+            self._note(chat.system or "no system prompt")
+        elif name == "/save" and given:
+            record = {"model": chat.model, "messages": chat.messages()}
+            Path(given).expanduser().write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n")
+            self._note(f"{len(chat.turns)} messages are in {given}")
+        else:
+            known = "" if name == "/help" else f"{name} is not a command, or something is missing after it; there are\n"
+            self._note(known + "\n".join(f"{command:<16}{text}" for command, text in HELP.items()))
+
+    def _note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, highlight=False)
 
 
-def spelling(token: Any) -> str:
-    """Of a special token in a tokenizer_config.json, a text or a table with its content; empty when there is none."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else ""
+def harmless(text: str) -> str:
+    """Without control characters but for ends of lines and tabs."""
+    return _CONTROL.sub("\ufffd", text)
 
 
-def _default(template: Any) -> str | None:
-    """A config has one template, or a list of named ones."""
-    if isinstance(template, list):
-        return next((each["template"] for each in template if each["name"] == "default"), None)
-    return template
-
-
-def _environment() -> Any:
-    """What templates written for Hugging Face's `apply_chat_template` find there."""
-    from jinja2 import TemplateError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """{% generation %} marks what to train on; here it is nothing but its body."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.chat", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
-    return environment
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--model", default="", help="of the server's; the first one when it is not given")
+    parser.add_argument("--system", default="", help="system prompt")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--seed", type=int)
+    given = vars(parser.parse_args())
+    client = Client(given.pop("url"), os.environ.get("EDIFICE_API_KEY", ""))
+    try:
+        model, system = client.choose(given.pop("model")), given.pop("system")
+        chat = Chat(client, model, system, {name: value for name, value in given.items() if value is not None})
+        if sys.stdin.isatty():
+            import readline  # noqa: F401, which gives input() a history and keys to edit a line
+
+            return Terminal(chat, Console()).run()
+        for line in sys.stdin:
+            if line.strip():
+                for piece in chat.answer(line.rstrip("\n")):
+                    print(piece, end="", flush=True)
+                print(flush=True)
+    except ServerError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

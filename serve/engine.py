@@ -13,39 +13,57 @@ import secrets
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, replace
-from itertools import count
+from heapq import heappop, heappush
+from itertools import count, islice
+from time import monotonic, perf_counter
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from models.decoder import Decoder
-from models.span import Span
+from serve.grammar import GrammarError, Grammars
 from serve.memory import StateMemory
-from serve.sampler import Logprobs, Sampling, logprobs, penalize, sample
+from serve.pace import Pace
+from serve.prefix import PrefixCache
+from serve.prompts import Prompts
+from serve.sampler import Logprobs, Sampling, logprobs, sample
 from serve.scheduler import Scheduler, Sequence, Work
+from serve.shaping import Shaper, shape
+from serve.speculative import Draft, Drafter, Speculation
+from serve.step import Call, Part, Step
 from serve.text import TextStream
 
-BOS, EOS, END = "<|bos|>", "<|eos|>", "<|end|>"  # of a document, and of a turn in a chat
+EOS, END = "<|eos|>", "<|end|>"  # of a document, and of a turn in a chat
 _DEFAULT = Sampling()
 _SPARSE = 0.3  # rows of different lengths share a call when at most this part of it is padding; measured on a CPU
 
 
 @dataclass(frozen=True)
 class Request:
-    """prompt: token ids. resumed: tokens generated elsewhere with the same seed; the stream goes on after them."""
+    """prompt: token ids. resumed: tokens generated elsewhere with the same seed; the stream goes on after them.
+
+    priority: lower comes first. deadline: seconds from submission, after which it is cancelled. key: whose it is; keys
+    get equal shares of what is computed.
+    """
 
     prompt: Items[int]
     sampling: Sampling = _DEFAULT
     resumed: Items[int] = ()
+    priority: int = 0
+    deadline: float | None = None
+    key: str = ""
+    embed: bool = False  # no tokens, but the model's output at the last token of the prompt, of length 1
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
     """What a step did for request `id`: a token (None: none), the text that became certain, why it ended (None: not).
 
-    reason: stop (end token or stop text), length, cancelled, error. logprobs: when the request asks for them. offset:
-    whole characters of the completion before the token. error: what broke this request, and no other.
+    reason: stop (end token or stop text), length, cancelled, deadline, error. logprobs: when the request asks for them.
+    offset: whole characters of the completion before the token. error: what broke this request, and no other. cached:
+    tokens of the prompt that were found in the prefix cache, told with the first event.
     """
 
     id: int
@@ -55,6 +73,8 @@ class Event:
     logprobs: Logprobs | None = None
     offset: int = 0
     error: Exception | None = None
+    cached: int = 0
+    embedding: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +91,14 @@ class Result:
 
 
 class Engine:
-    """Continuous batching over the rows of one decoder. Not thread-safe, but for `check` and `encode`.
+    """Continuous batching over the rows of one decoder. Not thread-safe, but for `prompts`.
 
     model: a causal decoder; it is put in eval mode. tokenizer: for text prompts and stop texts, text in events, the end
     tokens <|eos|> and <|end|>. max_rows, max_len: requests computed together, tokens of prompt and completion.
     memory_bytes: of state, None for as much as max_rows rows of max_len tokens need. chunk: prompt tokens of a step.
-    page: entries of a page. ends: spellings of further end tokens.
+    page: tokens of a page, at least. ends: spellings of further end tokens. drafter: guesses tokens that calls then
+    check. prefix_cache: what was computed of a prompt is found again by those that begin the same; isolated: of the
+    same key only. preempt: what becomes of the state of a request that must wait: recompute, or offload to the host.
     """
 
     def __init__(
@@ -90,6 +112,10 @@ class Engine:
         chunk: int = 256,
         page: int = 16,
         ends: Items[str] = (),
+        drafter: Drafter | None = None,
+        prefix_cache: bool = True,
+        isolated: bool = False,
+        preempt: str = "recompute",
     ) -> None:
         if not isinstance(model, Decoder) or not model.causal:
             raise ValueError(
@@ -102,14 +128,25 @@ class Engine:
             )
         self.model, self.tokenizer, self.max_len = model.eval(), tokenizer, max_len
         self.device = model.embedding.weight.device
-        self.memory = StateMemory(model.state_spec(max_len), max_rows, max_len, memory_bytes, page, self.device)
-        self.scheduler = Scheduler(self.memory, chunk)
+        if preempt not in ("recompute", "offload"):
+            raise ValueError(f"preempt={preempt!r}: must be 'recompute' or 'offload'")
+        spec = model.state_spec(max_len)
+        self.memory = StateMemory(spec, max_rows, max_len, memory_bytes, page, self.device, sharing=prefix_cache)
+        self.cache = PrefixCache(self.memory) if prefix_cache else None
+        self.pace = Pace(chunk, self.memory.page)
+        self.call = Step(self.model, self.memory)
+        self.speculation = None if drafter is None else Speculation(drafter)
+        self.scheduler = Scheduler(
+            self.memory, self.pace, self.cache, preempt == "offload", isolated, on_preempt=self._forget
+        )
         known = [] if tokenizer is None else [tokenizer.token_to_id(end) for end in (EOS, END, *ends)]
         self.ends = frozenset(token for token in known if token is not None)
-        vocab = () if tokenizer is None else tokenizer.get_vocab()
-        self._longest_text = max_len * max((len(token.encode()) for token in vocab), default=0)  # in bytes
+        self.grammars = Grammars(tokenizer, model.config.vocab, self.ends)
+        self.prompts = Prompts(tokenizer, model.config.vocab, max_len, self.memory.longest)
         self._ids = count()
+        self._steps = self._generated = 0
         self._live: dict[int, Sequence] = {}
+        self._deadlines: list[tuple[float, int]] = []  # a heap of times and requests
         self._pending: list[Event] = []
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -119,49 +156,9 @@ class Engine:
         """Whether there is anything for `step` to do."""
         return bool(self._live or self._pending)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text prompt, which opens a document. ValueError without a tokenizer, or as `check_text`."""
-        if self.tokenizer is None:
-            raise ValueError("prompt: the model has no tokenizer, so the prompt must be token ids")
-        self.check_text(text)
-        start = self.tokenizer.token_to_id(BOS)
-        return ([] if start is None else [start]) + self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def check_text(self, *texts: str) -> None:
-        """ValueError when `texts`, one after the other, are too long whatever their tokens: it is told at once."""
-        size = sum(len(text.encode()) for text in texts)
-        if size > self._longest_text:
-            raise ValueError(
-                f"prompt has {size} bytes, more than any {self.max_len} tokens of this model: together with max_tokens "
-                f"at most {self.max_len} are allowed"
-            )
-
-    def check(self, request: Request) -> None:
-        """ValueError when `request` can never be answered."""
-        vocab, sampling = self.model.config.vocab, request.sampling
-        if not request.prompt:
-            raise ValueError("prompt: must have at least one token")
-        if len(request.resumed) >= sampling.max_tokens:
-            raise ValueError(f"resumed: {len(request.resumed)} tokens, but max_tokens={sampling.max_tokens}")
-        total = len(request.prompt) + sampling.max_tokens
-        if total > self.max_len:
-            raise ValueError(
-                f"prompt has {len(request.prompt)} tokens and max_tokens is {sampling.max_tokens}: together at most "
-                f"{self.max_len} are allowed"
-            )
-        wrong = next((t for t in (*request.prompt, *request.resumed) if not 0 <= t < vocab), None)
-        if wrong is not None:
-            raise ValueError(f"prompt: token {wrong} is not in the vocabulary of {vocab} tokens")
-        if not self.memory.fits(total):
-            raise ValueError(
-                f"prompt and max_tokens together are {total} tokens, more than fit into the engine's memory"
-            )
-        if sampling.stop and self.tokenizer is None:
-            raise ValueError("stop: the model has no tokenizer, so there is no text to compare with")
-
     def submit(self, request: Request) -> int:
-        """Take a request in and return its id, the `id` of its events. ValueError as in `check`."""
-        self.check(request)
+        """Take a request in and return its id, the `id` of its events. ValueError as in `Prompts.check`."""
+        self.prompts.check(request)
         sampling = request.sampling
         if sampling.seed is None:
             sampling = replace(sampling, seed=secrets.randbits(63))
@@ -170,103 +167,206 @@ class Engine:
             text.push(token)
         tokens = [*request.prompt, *request.resumed]
         sequence = Sequence(next(self._ids), tokens, sampling, len(request.prompt), text)
+        sequence.priority, sequence.key, sequence.embed = request.priority, request.key, request.embed
+        if sampling.shaped:
+            try:
+                matcher = self.grammars.matcher(sampling.grammar) if sampling.grammar else None
+                sequence.shaper = Shaper(sampling, request.prompt, request.resumed, self.ends, matcher)
+            except GrammarError as error:  # whoever asks first (`Grammars.matcher`) never gets here
+                self._pending.append(Event(sequence.id, None, "", "error", error=error))
+                return sequence.id
         self._live[sequence.id] = sequence
-        self.scheduler.waiting.append(sequence)
+        self.scheduler.submit(sequence)
+        if request.deadline is not None:
+            heappush(self._deadlines, (monotonic() + request.deadline, sequence.id))
         return sequence.id
 
     def cancel(self, id: int) -> None:
         """End a request now; its row is free, and the next step reports it. One that has ended is left alone."""
-        sequence = self._live.pop(id, None)
+        self._stop(id, "cancelled")
+
+    def _stop(self, id: int, reason: str) -> None:
+        sequence = self._live.get(id)
         if sequence is not None:
-            self.scheduler.remove(sequence)
-            self._pending.append(Event(id, None, "", "cancelled"))
+            self._end(sequence)
+            self._pending.append(Event(id, None, "", reason, cached=sequence.cached or 0))
+
+    def stats(self) -> dict[str, float]:
+        """Numbers for /metrics, from any thread.
+
+        running, waiting: requests; rows: that can run. pages_used, pages_total: pages of running requests, and all.
+        prefix_queries, prefix_hits: tokens looked for in the prefix cache, and found; evictions: blocks it gave up.
+        preemptions, steps; generated, drafted, accepted: tokens.
+        """
+        scheduler, memory, cache, speculation = self.scheduler, self.memory, self.cache, self.speculation
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "rows": memory.rows,
+            "pages_used": memory.used_pages,
+            "pages_total": memory.pages,
+            "prefix_queries": cache.queries if cache else 0,
+            "prefix_hits": cache.hits if cache else 0,
+            "evictions": cache.evictions if cache else 0,
+            "preemptions": scheduler.preemptions,
+            "drafted": speculation.drafted if speculation else 0,
+            "accepted": speculation.accepted if speculation else 0,
+            "steps": self._steps,
+            "generated": self._generated,
+        }
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Compute one step; at most one event per request that was in it."""
+        """Compute one step. A request in it gets no event, one, or with speculation several, in order."""
+        while self._deadlines and self._deadlines[0][0] <= monotonic():
+            self._stop(heappop(self._deadlines)[1], "deadline")
         events, self._pending = self._pending, []
-        ready, logits = [], []
-        for group in _groups(self.scheduler.plan()):
-            done = self._compute(group)
-            if done is not None:
-                logits.append(done)
-                ready += [sequence for sequence, _ in group if not sequence.missing]
-        if ready:
-            events += self._draw(ready, logits[0] if len(logits) == 1 else torch.cat(logits))
+        work = self.scheduler.plan()
+        self._steps += bool(work)
+        drafts = self._drafts(work)
+        while work:
+            for group in _groups([Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]):
+                begin = perf_counter()
+                call = self.call(group)
+                events += self._finish(call)
+                self._timed(group, perf_counter() - begin)
+            work, drafts = self.scheduler.rest(), {}
         return events
 
-    def _compute(self, group: Work) -> Tensor | None:
-        """One call of the model; logits after the rows whose tokens are now all computed."""
-        rows = tuple(sequence.row for sequence, _ in group)
-        width = max(tokens for _, tokens in group)
-        ids, ragged = [], False
-        for sequence, tokens in group:
-            part = sequence.tokens[sequence.computed : sequence.computed + tokens]
-            ids.append(part + [0] * (width - tokens))
-            ragged |= tokens < width
-            sequence.computed += tokens
-        ids_BT, segments_BT = torch.tensor(ids, device=self.device), None
-        if ragged:
-            lengths_B1 = torch.tensor([[tokens] for _, tokens in group], device=self.device)
-            segments_BT = -(torch.arange(width, device=self.device) >= lengths_B1).long()
-        x_BTD, at, state = self.model.hidden(ids_BT, self.memory.take(rows), segments_BT)
-        self.memory.put(rows, state)
-        last = [(row, tokens - 1) for row, (sequence, tokens) in enumerate(group) if not sequence.missing]
-        if not last:
-            return None
-        if width > 1 or len(last) < len(group):
-            row_N, column_N = torch.tensor(last, device=self.device).unbind(1)
-            at = Span(at.positions_BT[row_N, column_N][:, None], ids_BT[row_N, column_N][:, None])
-            x_BTD = x_BTD[row_N, column_N][:, None]
-        return self.model.head(x_BTD, at)[0][:, 0]
+    def _timed(self, group: list[Part], seconds: float) -> None:
+        """What a call costs decides how much the next steps compute."""
+        if any(part.tokens > 1 for part in group):
+            self.pace.computed(sum(part.tokens for part in group), seconds)
+        else:
+            self.pace.generated(len(group), seconds)
+            if self.speculation is not None:
+                self.speculation.timed(len(group) * max(part.columns for part in group), seconds)
 
-    def _draw(self, ready: list[Sequence], logits_BC: Tensor) -> list[Event]:
-        """The next token of each sequence. What breaks is tried again one by one: who breaks alone ends alone."""
-        samplings = [sequence.sampling for sequence in ready]
+    def _drafts(self, work: Work) -> dict[int, Draft]:
+        """Drafts by sequence, for those that lack only their last token."""
+        if self.speculation is None:
+            return {}
+        sequences = [sequence for sequence, _ in work if sequence.missing == 1]
+        if not sequences:
+            return {}
+        room = [min(s.sampling.max_tokens - s.generated, self.scheduler.room(s) or self.max_len) - 1 for s in sequences]
+        drafts = self.speculation.propose(sequences, room)
+        return {
+            sequence.id: draft
+            for sequence, draft in zip(sequences, drafts)
+            if draft is not None and self.memory.grow(sequence.row, len(sequence.tokens) + max(draft.depths()))
+        }
+
+    def _finish(self, call: Call) -> list[Event]:
+        """Draws the next tokens of the sequences of a call, keeps what drafts were right about, tells of both."""
+        ready = [part for part in call.parts if part.complete]
+        drawn = iter(self._draw(ready, call.logits_NC) if ready else ())
+        outcomes = [next(drawn) if part.complete else [] for part in call.parts]
+        paths = [
+            part.draft.follow([token for token, _ in outcome]) if part.draft and isinstance(outcome, list) else []
+            for part, outcome in zip(call.parts, outcomes)
+        ]
+        call.commit(paths)
+        events = []
+        for index, (part, path, outcome) in enumerate(zip(call.parts, paths, outcomes)):
+            sequence = part.sequence
+            if self.speculation is not None:
+                if self.speculation.drafter.reads:
+                    self.speculation.drafter.see(sequence, call.outputs(index, path))
+                if part.draft:
+                    self.speculation.learn(sequence, part.draft, path)
+            self.scheduler.computed(sequence, part.tokens + len(path))
+            if isinstance(outcome, Exception):
+                events.append(self._fail(sequence, outcome))
+            elif outcome and sequence.embed:
+                events.append(self._embedded(sequence, call.x_BTD[index, part.tokens - 1]))
+            elif outcome:
+                events += self._accept_all(sequence, [outcome[0], *(outcome[1 + node] for node in path)])
+        return events
+
+    def _draw(self, parts: list[Part], logits_NC: Tensor) -> list[list[tuple[int, Logprobs | None]] | Exception]:
+        """For each part the token drawn after its last known one, then after each of its draft.
+
+        What breaks is tried again one by one: who breaks alone ends alone.
+        """
+        samplings, positions, wanted = [], [], []
+        for part in parts:
+            sequence, draft = part.sequence, part.draft
+            sampling = sequence.sampling
+            samplings += [sampling] * part.wanted
+            positions += [sequence.generated + depth for depth in (0, *(draft.depths() if draft else ()))]
+            wanted.append((sequence.shaper, ()))
+            for node in range(part.wanted - 1):
+                wanted.append((sequence.shaper, draft.ancestry(node) if sequence.shaper else ()))
         try:
-            generated = [s.tokens[s.prompt :] if s.sampling.penalized else () for s in ready]
-            tokens = sample(penalize(logits_BC, samplings, generated), samplings, [s.generated for s in ready])
-            told = logprobs(logits_BC, tokens, samplings)
+            tokens = sample(shape(logits_NC, wanted), samplings, positions)
+            told = logprobs(logits_NC, tokens, samplings)
         except FloatingPointError:  # it is the model that broke, and the memory others share may be damaged
             raise
         except Exception as error:
-            if len(ready) == 1:
-                return [self._fail(ready[0], error)]
-            return [self._draw([sequence], logits_BC[row : row + 1])[0] for row, sequence in enumerate(ready)]
-        events = []
-        for sequence, token, own in zip(ready, tokens, told):
-            try:
-                events.append(self._accept(sequence, token, own))
-            except Exception as error:
-                events.append(self._fail(sequence, error))
-        return events
+            if len(parts) == 1:
+                return [error]
+            own = logits_NC.split([part.wanted for part in parts])
+            return [self._draw([part], logits_NC)[0] for part, logits_NC in zip(parts, own)]
+        drawn = iter(zip(tokens, told))
+        return [list(islice(drawn, part.wanted)) for part in parts]
+
+    def _embedded(self, sequence: Sequence, x_D: Tensor) -> Event:
+        """The output at the last token of a prompt, of length 1."""
+        self._end(sequence)
+        return Event(sequence.id, None, "", "stop", embedding=normalize(x_D.float(), dim=0).tolist())
 
     def _fail(self, sequence: Sequence, error: Exception) -> Event:
         """Ends one sequence, and goes on with the others."""
+        self._end(sequence)
+        return Event(sequence.id, None, "", "error", error=error)
+
+    def _end(self, sequence: Sequence) -> None:
         del self._live[sequence.id]  # first: one that has ended already is an error of the engine
         self.scheduler.remove(sequence)
-        return Event(sequence.id, None, "", "error", error=error)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        if self.speculation is not None:
+            self.speculation.forget(sequence)
+
+    def _accept_all(self, sequence: Sequence, drawn: list[tuple[int, Logprobs | None]]) -> list[Event]:
+        """The next tokens of a sequence, up to the one that ends it."""
+        events = []
+        try:
+            for token, told in drawn:
+                events.append(self._accept(sequence, token, told))
+                if events[-1].reason is not None:
+                    break
+        except Exception as error:
+            events.append(self._fail(sequence, error))
+        return events
 
     def _accept(self, sequence: Sequence, token: int, told: Logprobs | None) -> Event:
         """The next token of a sequence, and whether it is the last."""
         sequence.tokens.append(token)
         sequence.generated += 1
+        self._generated += 1
         sampling, stream, text, reason = sequence.sampling, sequence.text, "", None
         offset = 0 if stream is None else stream.length
-        if token in self.ends and not sampling.ignore_eos:
+        if (token in self.ends and not sampling.ignore_eos) or token in sampling.stop_token_ids:
             reason = "stop"
-        elif stream is not None:
-            text = stream.push(token)
-            reason = "stop" if stream.stopped else None
+        else:
+            if stream is not None:
+                text = stream.push(token)
+                reason = "stop" if stream.stopped else None
+            if sequence.shaper is not None:
+                sequence.shaper.push(token)
+                reason = "stop" if sequence.shaper.finished else reason
         if reason is None and sequence.generated >= sampling.max_tokens:
             reason = "length"
         if reason is not None:
             text += stream.close() if stream is not None else ""
-            self.scheduler.remove(sequence)
-            del self._live[sequence.id]
-        return Event(sequence.id, token, text, reason, told, offset)
+            self._end(sequence)
+        cached, sequence.cached = sequence.cached, 0  # it is told once
+        return Event(sequence.id, token, text, reason, told, offset, None, cached)
 
     # -- a whole batch -------------------------------------------------------------------------------------------
 
@@ -277,13 +377,13 @@ class Engine:
 
         When something breaks one of them, it is raised in the end.
         """
-        prompts = [self.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        prompts = [self.prompts.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         if len(samplings) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(samplings)} samplings")
         requests = [Request(prompt, own) for prompt, own in zip(prompts, samplings)]
         for request in requests:
-            self.check(request)
+            self.prompts.check(request)
         ids = [self.submit(request) for request in requests]
         mine: dict[int, list[Event]] = {id: [] for id in ids}
         others, open_ids = [], set(ids)
@@ -305,18 +405,18 @@ def _result(events: list[Event]) -> Result:
     return Result(tokens, "".join(event.text for event in events), events[-1].reason, told)
 
 
-def _groups(work: Work) -> list[Work]:
-    """One call each: the single tokens together, the longer runs with others of similar length."""
-    groups = [[item for item in work if item[1] == 1]]
+def _groups(parts: list[Part]) -> list[list[Part]]:
+    """One call each: the next tokens with their drafts together, the longer runs with others of similar length."""
+    groups = [[part for part in parts if part.tokens == 1]]
     total = 0
-    for item in sorted((item for item in work if item[1] > 1), key=lambda item: -item[1]):
+    for part in sorted((part for part in parts if part.tokens > 1), key=lambda part: -part.tokens):
         group = groups[-1]
-        if len(groups) > 1 and total + item[1] >= (1 - _SPARSE) * group[0][1] * (len(group) + 1):
-            group.append(item)
-            total += item[1]
+        if len(groups) > 1 and total + part.tokens >= (1 - _SPARSE) * group[0].tokens * (len(group) + 1):
+            group.append(part)
+            total += part.tokens
         else:
-            groups.append([item])
-            total = item[1]
+            groups.append([part])
+            total = part.tokens
     return [group for group in groups if group]
 
 
@@ -327,7 +427,7 @@ def load(path: str, **options: object) -> Engine:
     """
     from cluster import folder
     from models import hub
-    from serve.chat import CONFIG, spelling
+    from serve.template import CONFIG, spelling
 
     place = hub.locate(path)
     stored = folder.load(place)

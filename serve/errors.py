@@ -1,17 +1,21 @@
 """Errors as answers: every one has OpenAI's shape, and its message is one line."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from serve.schema import SHAPES, ChatCompletion, Completion, Message
+from serve.schema import HALF, SHAPES, ChatCompletion, Completion, Detokenization, Embedding, Tokenization
 from serve.worker import Busy, Failed
 
 RETRY_SECONDS = 1  # after which an overloaded server is asked again
 _TYPES = {401: "authentication_error", 403: "authentication_error", 429: "rate_limit_error"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": str(RETRY_SECONDS)}}
 _OWN = ("extra_forbidden", "value_error")  # complaints that say more than the shape of the field
-_FIELDS = {name for body in (Completion, ChatCompletion) for name in (*body.model_fields, *body.neutral)}
+_DEEP = ("messages", "tools")  # whose parts are told apart
+_ROLES = ("system", "developer", "user", "assistant", "tool")  # by which messages are told apart in a place
+_BODIES = (Completion, ChatCompletion, Embedding, Tokenization, Detokenization)
+_FIELDS = {name for body in _BODIES for name in (*body.model_fields, *body.neutral)}
 
 
 class APIError(Exception):
@@ -21,7 +25,7 @@ class APIError(Exception):
 
     def json(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": Message(message=self.message, type=kind, param=self.param, code=self.code).model_dump()}
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.json(), self.status, _HEADERS.get(self.status))
@@ -38,19 +42,28 @@ def translate(error: Exception) -> APIError:
     return APIError(400, message, name if name in _FIELDS else None)
 
 
-def invalid(error: dict[str, Any]) -> APIError:
-    """Pydantic's first complaint in one line."""
+def invalid(errors: Sequence[dict[str, Any]]) -> APIError:
+    """Pydantic's first complaint in one line, but half a character rather than that it is no text."""
+    error = next((each for each in errors if each["type"] == "string_unicode"), errors[0])
     if error["type"] == "json_invalid":
         return APIError(400, f"the body is not JSON: {error['ctx']['error']}")
     message = error["msg"].removeprefix("Value error, ")
     place = [part for part in error["loc"] if part != "body"]
     if not place:
         return translate(ValueError(message))
-    name, field = str(place[0]), str(place[0])
-    if name == "messages" and len(place) > 2:
-        field = str(place[2])
-        name = f"messages[{place[1]}].{field}"
-    elif name == "messages" and error["type"] == "value_error":  # of a message as a whole; it begins with the field
-        return APIError(400, f"messages[{place[1]}].{message}", name)
+    top = str(place[0])
+    path, field = top, top
+    if error["type"] == "union_tag_invalid" or error["type"] == "union_tag_not_found":
+        place, error = [*place, "role"], {**error, "type": "literal_error"}
+    for part in [part for part in place[1:] if part not in _ROLES] if top in _DEEP else ():
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+        field = str(part)
+        if field in SHAPES:  # what follows is which of its types was tried
+            break
+    if error["type"] == "value_error" and path != top:  # of a message as a whole; it begins with the field
+        return APIError(400, f"{path}.{message}", top)
+    if error["type"] == "string_unicode":
+        return APIError(400, f"{path}: {HALF}", top)
     own = message[0].lower() + message[1:]
-    return APIError(400, f"{name}: {own if error['type'] in _OWN else SHAPES.get(field, own)}", str(place[0]))
+    shown = own if error["type"] in _OWN else SHAPES.get(field, own)
+    return APIError(400, shown if shown.startswith(f"{path}: ") else f"{path}: {shown}", top)

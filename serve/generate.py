@@ -21,7 +21,7 @@ def main() -> None:
     try:
         engine = load(given.model if os.path.exists(given.model) or "/" in given.model else run, max_rows=1)
         sampling = Sampling(max_tokens=given.max_tokens, temperature=given.temperature, seed=given.seed)
-        engine.submit(Request(engine.encode(given.prompt), sampling))
+        engine.submit(Request(engine.prompts.encode(given.prompt), sampling))
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     print(given.prompt, end="", flush=True)

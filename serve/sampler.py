@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serve.largest import argmax, largest
+
 MOST_LOGPROBS = 20
 _MASK = (1 << 64) - 1
 _BLOCK = 256  # sums of so many tokens are searched first: one pass over the vocabulary instead of a cumulative sum
@@ -31,11 +33,17 @@ class Sampling:
     temperature: 0 takes the likeliest token.
     top_k:       draw among the k likeliest tokens; 0 for all. Applied before top_p.
     top_p:       draw among the likeliest tokens that together have this probability.
+    min_p:       draw among tokens that have at least this part of the likeliest one's probability; applied first.
     seed:        0 <= seed < 2^64; None draws one.
     stop:        texts that end the completion and are not part of it.
     ignore_eos:  go on after an end token.
     frequency_penalty: taken off a token's logit for each time it was generated.
     presence_penalty:  taken off a token's logit once it was generated.
+    repetition_penalty: positive logits of tokens of the prompt and the completion are divided by it, others multiplied.
+    logit_bias:  pairs of a token and what is added to its logit.
+    min_tokens:  tokens before an end token may come.
+    stop_token_ids: further end tokens, which end the completion also with ignore_eos.
+    grammar:     that the completion follows (`serve.grammar`); none when empty.
     logprobs:    tokens whose log probabilities are told at each position, besides the one drawn; None for not even it.
     """
 
@@ -48,6 +56,12 @@ class Sampling:
     ignore_eos: bool = False
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    grammar: str = ""
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,12 +80,25 @@ class Sampling:
         for name in ("frequency_penalty", "presence_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name}={getattr(self, name)}: must be between -2 and 2")
+        if not 0 < self.repetition_penalty <= 10:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty}: must be above 0 and at most 10")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}: must be between 0 and 1")
+        if not all(-100 <= value <= 100 for _, value in self.logit_bias):
+            raise ValueError("logit_bias: must be between -100 and 100")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens}: must be between 0 and max_tokens={self.max_tokens}")
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise ValueError(f"logprobs={self.logprobs}: must be between 0 and {MOST_LOGPROBS}")
 
     @property
     def penalized(self) -> bool:
-        return self.frequency_penalty != 0 or self.presence_penalty != 0
+        return self.frequency_penalty != 0 or self.presence_penalty != 0 or self.repetition_penalty != 1
+
+    @property
+    def shaped(self) -> bool:
+        """Whether logits are changed before a token is drawn (`serve.shaping`)."""
+        return bool(self.penalized or self.logit_bias or self.min_tokens or self.grammar)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +128,7 @@ def sample(logits_BC: Tensor, samplings: Sequence[Sampling], positions: Sequence
     """
     random = [row for row, sampling in enumerate(samplings) if sampling.temperature > 0]
     if len(random) < len(samplings):
-        tokens = logits_BC.argmax(-1).tolist()
+        tokens = argmax(logits_BC).tolist()
         if not random:
             return tokens
         logits_BC = logits_BC[torch.tensor(random, device=logits_BC.device)]
@@ -120,7 +147,7 @@ def sample(logits_BC: Tensor, samplings: Sequence[Sampling], positions: Sequence
         if min(p) > 1:
             return tokens
         least_N1 = weights_NC.gather(1, drawn_N[:, None])
-        weights_NC = torch.where(weights_NC > least_N1, weights_NC, 0.0)
+        _cut(weights_NC, least_N1)
         mass_N = weights_NC.sum(-1)
         # Nothing is likelier than the top token: it stays, also when top_p is so small that its limit is 0 in fp32.
         outside_M = ((mass_N >= limit_N) & (mass_N > 0)).nonzero()[:, 0]
@@ -130,63 +157,72 @@ def sample(logits_BC: Tensor, samplings: Sequence[Sampling], positions: Sequence
         rows, draw = [rows[index] for index in outside_M.tolist()], draw + 1
 
 
-def penalize(logits_BC: Tensor, samplings: Sequence[Sampling], generated: Sequence[Sequence[int]]) -> Tensor:
-    """Logits after the penalties. generated: each penalized row's completion so far; of other rows it is not read."""
-    rows = [row for row, sampling in enumerate(samplings) if sampling.penalized and generated[row]]
-    if not rows:
-        return logits_BC
-    logits_BC = logits_BC.clone()
-    for row in rows:
-        ids_N, counts_N = torch.tensor(generated[row], device=logits_BC.device).unique(return_counts=True)
-        off_N = counts_N * samplings[row].frequency_penalty + samplings[row].presence_penalty
-        logits_BC[row, ids_N] -= off_N.to(logits_BC.dtype)
-    return logits_BC
-
-
 def logprobs(logits_BC: Tensor, tokens: Sequence[int], samplings: Sequence[Sampling]) -> list[Logprobs | None]:
     """Log probabilities at one position of each row that asks for them. tokens: those that were drawn."""
     found: list[Logprobs | None] = [None] * len(samplings)
     rows = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
     if not rows:
         return found
-    log_NC = logits_BC[torch.tensor(rows, device=logits_BC.device)].float().log_softmax(-1)
-    drawn_N1 = torch.tensor([[tokens[row]] for row in rows], device=log_NC.device)
-    top_NK, ids_NK = log_NC.topk(min(max(samplings[row].logprobs for row in rows), log_NC.shape[1]), -1)
-    table = zip(rows, log_NC.gather(1, drawn_N1)[:, 0].tolist(), ids_NK.tolist(), top_NK.tolist())
+    logits_NC = logits_BC[torch.tensor(rows, device=logits_BC.device)].float()
+    total_N1 = logits_NC.logsumexp(-1, keepdim=True)
+    drawn_N1 = torch.tensor([[tokens[row]] for row in rows], device=logits_NC.device)
+    top_NK, ids_NK = largest(logits_NC, min(max(samplings[row].logprobs for row in rows), logits_NC.shape[1]))
+    own_N1 = logits_NC.gather(1, drawn_N1) - total_N1
+    table = zip(rows, own_N1[:, 0].tolist(), ids_NK.tolist(), (top_NK - total_N1).tolist())
     for row, own, ids, values in table:
         found[row] = Logprobs(own, tuple(zip(ids, values))[: samplings[row].logprobs])
     return found
 
 
 def _weights(logits_NC: Tensor, samplings: Sequence[Sampling]) -> Tensor:
-    """Unnormalised probabilities (N, C, zeros up to whole blocks) fp32; 0 for what top_k, and top_p then, cut."""
+    """Unnormalised probabilities (N, C, zeros up to whole blocks) fp32; 0 for what min_p, top_k and then top_p cut."""
     rows, classes = logits_NC.shape
-    weights_NC = torch.zeros(rows, -(-classes // _BLOCK) * _BLOCK, device=logits_NC.device)
-    temperature_N1 = weights_NC.new_tensor([sampling.temperature for sampling in samplings])[:, None].clamp(min=1e-30)
-    top_N1 = logits_NC.max(-1, keepdim=True).values
+    top_N1 = logits_NC.amax(-1, keepdim=True).float()
     if not bool(top_N1.isfinite().all()):
         raise FloatingPointError("the model's logits are not finite: its weights are damaged or training diverged")
+    weights_NC = top_N1.new_empty(rows, -(-classes // _BLOCK) * _BLOCK)
+    weights_NC[:, classes:] = 0.0
+    temperature_N1 = top_N1.new_tensor([[sampling.temperature] for sampling in samplings]).clamp(min=1e-30)
     # The maximum goes first: a tiny temperature may then overflow only to -inf, which has weight 0.
-    weights_NC[:, :classes].copy_(logits_NC).sub_(top_N1).div_(temperature_N1).exp_()
-    cut = [row for row, sampling in enumerate(samplings) if 0 < sampling.top_k < classes]
+    own_NC = weights_NC[:, :classes]
+    own_NC.copy_(logits_NC).sub_(top_N1).div_(temperature_N1).exp_()
+    if any(0 < sampling.top_k < classes or sampling.min_p for sampling in samplings):
+        _cut(weights_NC, torch.nextafter(_least(own_NC, samplings), top_N1.new_tensor(-1.0)))
+    return weights_NC
+
+
+def _least(weights_NC: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """(N, 1): the smallest weight that min_p, top_k and, where top_k cuts, top_p let in. The largest weight is 1."""
+    least_N1 = weights_NC.new_tensor([[sampling.min_p] for sampling in samplings])
+    cut = [row for row, sampling in enumerate(samplings) if 0 < sampling.top_k < weights_NC.shape[1]]
     if cut:
-        cut_M = torch.tensor(cut, device=logits_NC.device)
-        k_M1 = torch.tensor([[samplings[row].top_k] for row in cut], device=logits_NC.device)
+        cut_M = torch.tensor(cut, device=weights_NC.device)
+        k_M1 = torch.tensor([[samplings[row].top_k] for row in cut], device=weights_NC.device)
         p_M1 = weights_NC.new_tensor([[samplings[row].top_p] for row in cut])
-        cut_MC = weights_NC[cut_M]
-        top_MK = cut_MC.topk(max(samplings[row].top_k for row in cut), -1).values
+        own_MC = weights_NC if len(cut) == len(samplings) else weights_NC[cut_M]
+        top_MK, _ = largest(own_MC, max(samplings[row].top_k for row in cut))
+        top_MK = torch.where(top_MK >= least_N1[cut_M], top_MK, 0.0)
         mass_MK = top_MK.cumsum(-1)
         nucleus_M1 = (mass_MK < p_M1 * mass_MK.gather(1, k_M1 - 1)).sum(-1, keepdim=True) + 1
         keep_M1 = torch.where(p_M1 < 1, torch.minimum(nucleus_M1, k_M1), k_M1)
-        weights_NC[cut_M] = cut_MC.masked_fill(cut_MC < top_MK.gather(1, keep_M1 - 1), 0.0)
-    return weights_NC
+        least_N1[cut_M] = torch.maximum(least_N1[cut_M], top_MK.gather(1, keep_M1 - 1))
+    return least_N1
+
+
+def _cut(weights_NC: Tensor, most_N1: Tensor) -> None:
+    """Weights of at most `most` become 0. Row by row on a CPU, where a comparison of all takes many times as long."""
+    if weights_NC.device.type != "cpu":
+        weights_NC.masked_fill_(weights_NC <= most_N1, 0.0)
+        return
+    for weights_C, most in zip(weights_NC, most_N1[:, 0].tolist()):
+        F.threshold_(weights_C, most, 0.0)
 
 
 def _invert(weights_NC: Tensor, u_N: Sequence[float]) -> Tensor:
     """The token at part u of each row's mass, (N,) int64; its weight is never 0."""
     blocks_NKS = weights_NC.unflatten(-1, (-1, _BLOCK))
     # float64, and 52 random bits, so that u * total is always below the total.
-    sums_NK = blocks_NKS.sum(-1, dtype=torch.float64).cumsum(-1)
+    sums_NK = blocks_NKS.sum(-1).cumsum(-1, dtype=torch.float64)
     target_N1 = sums_NK.new_tensor(u_N)[:, None] * sums_NK[:, -1:]
     block_N1 = torch.searchsorted(sums_NK, target_N1, right=True)
     before_N1 = F.pad(sums_NK, (1, 0)).gather(1, block_N1)

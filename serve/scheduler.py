@@ -1,30 +1,53 @@
 """Which tokens the next step computes. There is no prefill and no decoding: a sequence has tokens still to compute.
 
-A step computes one token of each running sequence that lacks one, and beside them up to `chunk` tokens of those that
-lack more, first come first served. A waiting sequence starts when a row and pages for all it has are free. When pages
-run out, the sequence that came last gives its memory back and waits, first in line, to compute its tokens again.
+A step computes one token of each running sequence that lacks one, and beside them up to so many tokens of those that
+lack more as do not hold up the others (`serve.pace`). A waiting sequence starts when a row and pages for all it has are
+free, and begins where the prefix cache knows the beginning. Who starts first:
+
+    the lowest priority number;  of these the key that was served the fewest tokens;  of these who came first
+
+Whoever was passed by too often goes before all of them, so nobody starves. When pages run out, the sequence of the
+worst priority that came last gives its memory back and waits, to compute its tokens again (what is still in the prefix
+cache is found there) or with its state kept outside. So does one whose row a sequence of better priority needs.
 """
 
-from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import inf
 
-from serve.memory import StateMemory
+from serve.memory import Offload, StateMemory
+from serve.pace import Pace
+from serve.prefix import PrefixCache, Trail
 from serve.sampler import Sampling
+from serve.shaping import Shaper
 from serve.text import TextStream
 
+_PATIENCE = 64  # sequences that may start before one that came earlier
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class Sequence:
-    """One request on its way: `tokens` are known, the first `computed` of them are in the state of `row`."""
+    """One request on its way: `tokens` are known, the first `computed` of them are in the state of `row`.
+
+    cached: prompt tokens that were found in the prefix cache. passed: how often a later one started before it.
+    """
 
     id: int
     tokens: list[int]
     sampling: Sampling
     prompt: int  # tokens that were not generated
     text: TextStream | None
+    shaper: Shaper | None = None  # of its logits, when its sampling asks for it
+    embed: bool = False  # it wants what the model thinks of its prompt, and no tokens
+    priority: int = 0
+    key: str = ""
     computed: int = 0
     row: int | None = None
     generated: int = field(init=False)
+    cached: int | None = None
+    passed: int = 0
+    trail: Trail | None = None
+    offload: Offload | None = None
 
     def __post_init__(self) -> None:
         self.generated = len(self.tokens) - self.prompt
@@ -39,58 +62,190 @@ Work = list[tuple[Sequence, int]]
 
 
 class Scheduler:
-    def __init__(self, memory: StateMemory, chunk: int) -> None:
-        if chunk < 1:
-            raise ValueError(f"chunk={chunk}: must be at least 1 token")
-        self.memory, self.chunk = memory, chunk
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in the order they were admitted
+    """cache: None for none. offload: state of a sequence that must wait is kept in host memory, not computed again.
+
+    isolated: sequences of different keys share nothing in the cache, so that none can time what another has asked.
+    on_preempt: told of each sequence that gives its memory back.
+    """
+
+    def __init__(
+        self,
+        memory: StateMemory,
+        pace: Pace,
+        cache: PrefixCache | None = None,
+        offload: bool = False,
+        isolated: bool = False,
+        on_preempt: Callable[[Sequence], None] = lambda sequence: None,
+    ) -> None:
+        self.memory, self.pace, self.cache = memory, pace, cache
+        self.offload, self.isolated, self.on_preempt = offload, isolated, on_preempt
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []  # in the order they started
         self.preemptions = 0
+        self._served: dict[str, int] = {}  # tokens by key
+        self._left = 0  # prompt tokens that this step may still compute
+        self._cut: list[Sequence] = []
 
-    def plan(self) -> Work:
-        """The sequences of the next step and how many tokens each computes."""
-        self._make_room()
-        work, budget = [], self.chunk
-        for sequence in self.running:
-            count = sequence.missing if sequence.missing == 1 else min(sequence.missing, budget)
-            if count > 0:
-                work.append((sequence, count))
-                budget -= count if sequence.missing > 1 else 0
-        while self.waiting and budget > 0:
-            sequence = self.waiting[0]
-            # A page for each running sequence stays free, or the newcomer would soon be sent back.
-            sequence.row = self.memory.allocate(len(sequence.tokens), spare=True)
-            if sequence.row is None:
-                break
-            self.running.append(self.waiting.popleft())
-            count = min(sequence.missing, budget)
-            work.append((sequence, count))
-            budget -= count
-        return work
+    # -- who is there --------------------------------------------------------------------------------------------
 
-    def _make_room(self) -> None:
-        """Pages for the tokens of every running sequence, the oldest first, at the cost of the youngest."""
-        position = 0
-        while position < len(self.running):
-            sequence = self.running[position]
-            if self.memory.grow(sequence.row, len(sequence.tokens)):
-                position += 1
-                continue
-            youngest = self.running.pop()
-            self.release(youngest)
-            self.waiting.appendleft(youngest)
-            self.preemptions += 1
-
-    def release(self, sequence: Sequence) -> None:
-        """Forget what was computed of a sequence."""
-        if sequence.row is not None:
-            self.memory.free(sequence.row)
-        sequence.row, sequence.computed = None, 0
+    def submit(self, sequence: Sequence) -> None:
+        """Into the line. A key that was away has not saved anything up meanwhile."""
+        here = [self._served[other.key] for other in (*self.waiting, *self.running)]
+        self._served[sequence.key] = max(self._served.get(sequence.key, 0), min(here, default=0))
+        self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence has ended, wherever it is."""
         if sequence.row is None:
             self.waiting.remove(sequence)
         else:
+            self._remember(sequence)
             self.running.remove(sequence)
-        self.release(sequence)
+            self._release(sequence)
+
+    def computed(self, sequence: Sequence, tokens: int) -> None:
+        """`tokens` more tokens of a running sequence are in its state for good."""
+        sequence.computed += tokens
+        self._served[sequence.key] += tokens
+
+    def _remember(self, sequence: Sequence) -> None:
+        if sequence.trail is not None:
+            self.cache.extend(sequence.trail, sequence.row, sequence.tokens, sequence.computed)
+
+    def room(self, sequence: Sequence) -> int:
+        """Tokens that may be computed of a sequence before a checkpoint is due; 0: any number."""
+        stop = self.cache.stop(sequence.trail, sequence.computed) if sequence.trail is not None else 0
+        return stop - sequence.computed if stop else 0
+
+    # -- a step --------------------------------------------------------------------------------------------------
+
+    def plan(self) -> Work:
+        """The sequences of the next step and how many tokens each computes."""
+        for sequence in self.running:
+            self._remember(sequence)
+        self._make_room()
+        decoding = sum(sequence.missing == 1 for sequence in self.running)
+        budget = self.pace.room(decoding, min(self.memory.rows, len(self.running) + len(self.waiting)))
+        if self.waiting:
+            self._start(budget)
+        self._left, self._cut = budget, []
+        work = [(sequence, 1) for sequence in self.running if sequence.missing == 1]
+        return work + self._parts(sequence for sequence in self.running if sequence.missing > 1)
+
+    def rest(self) -> Work:
+        """What the same step computes after that: of prompts that were cut where a checkpoint is taken, the rest."""
+        cut, self._cut = self._cut, []
+        for sequence in cut:
+            self._remember(sequence)
+        return self._parts(cut)
+
+    def _parts(self, sequences: Iterable[Sequence]) -> Work:
+        """Of each as many tokens as the step has left."""
+        work = []
+        for sequence in sequences:
+            tokens = min(sequence.missing, self._left)
+            room = self.room(sequence) or tokens
+            if room < tokens:
+                tokens = room
+                self._cut.append(sequence)
+            if tokens:
+                work.append((sequence, tokens))
+                self._left -= tokens
+        return work
+
+    def _start(self, budget: int) -> None:
+        """Rows for those whose turn it is, while those that run leave some of `budget`."""
+        budget -= sum(sequence.missing for sequence in self.running if sequence.missing > 1)
+        best = min(sequence.priority for sequence in self.waiting)
+        if not self.memory.free_rows and best >= max(sequence.priority for sequence in self.running):
+            return
+        for sequence in sorted(self.waiting, key=self._turn)[: self.memory.rows]:
+            if budget <= 0:
+                return
+            trail = self._look_up(sequence)
+            if trail is not None and self._is_computed_now(sequence, trail):
+                self.cache.end(trail)
+                continue
+            while not self._admit(sequence, trail):
+                worse = [s for s in self.running if s.passed < _PATIENCE and s.priority > sequence.priority]
+                if not worse:
+                    return
+                self._preempt(max(worse, key=_rank))
+                trail = self._look_up(sequence)
+            budget -= sequence.missing
+
+    def _turn(self, sequence: Sequence) -> tuple[float, int, int]:
+        return (_rank(sequence)[0], self._served[sequence.key], sequence.id)
+
+    def _look_up(self, sequence: Sequence) -> Trail | None:
+        return self.cache.begin(sequence.tokens, self._salt(sequence)) if self.cache is not None else None
+
+    def _salt(self, sequence: Sequence) -> str:
+        return sequence.key if self.isolated else ""
+
+    def _is_computed_now(self, sequence: Sequence, trail: Trail) -> bool:
+        """Whether a running sequence is about to leave more of the same beginning in the cache: that is waited for."""
+        for other in self.running:
+            if other.missing == 1 or self._salt(other) != self._salt(sequence):
+                continue
+            end = next((stop for stop in other.trail.stops if stop > max(trail.length, other.computed)), 0)
+            end = end if self.memory.checkpoints else trail.length + self.cache.page
+            if 0 < end < min(len(sequence.tokens), len(other.tokens) + 1):
+                if other.tokens[end - 1] == sequence.tokens[end - 1] and other.tokens[:end] == sequence.tokens[:end]:
+                    return True
+        return False
+
+    def _admit(self, sequence: Sequence, trail: Trail | None) -> bool:
+        """A row for a waiting sequence, beginning where `trail` says; False, and `trail` ended: memory is short."""
+        start = trail.start if trail is not None and sequence.offload is None else None
+        # A page for each running sequence stays free, or the newcomer would soon be sent back.
+        row = self.memory.allocate(len(sequence.tokens), spare=True, start=start)
+        if row is None and start is not None and not self.running:  # what it would begin with is all that is in the way
+            self.cache.end(trail)
+            trail, start = self.cache.begin((), self._salt(sequence)), None
+            row = self.memory.allocate(len(sequence.tokens))
+        if row is None:
+            if trail is not None:
+                self.cache.end(trail)
+            return False
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        for other in self.waiting:
+            other.passed += other.id < sequence.id
+        sequence.row, sequence.trail, sequence.computed = row, trail, start.length if start else 0
+        if sequence.offload is not None:
+            self.memory.restore(row, sequence.offload)
+            sequence.computed, sequence.offload = sequence.offload.length, None
+        elif trail is not None:
+            self.cache.found(trail, len(sequence.tokens))
+        if sequence.cached is None:
+            sequence.cached = min(sequence.computed, sequence.prompt)
+        return True
+
+    def _make_room(self) -> None:
+        """Pages for the tokens of every running sequence, at the cost of the worst priority and the youngest."""
+        short = [s for s in self.running if not self.memory.grow(s.row, len(s.tokens))]
+        while short:
+            self._preempt(max(self.running, key=_rank))
+            short = [s for s in short if s.row is not None and not self.memory.grow(s.row, len(s.tokens))]
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.on_preempt(sequence)
+        self.running.remove(sequence)
+        if self.offload and sequence.computed:
+            sequence.offload = self.memory.offload(sequence.row, sequence.computed)
+        self._release(sequence)
+        self.waiting.append(sequence)
+        self.preemptions += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        """Forget what was computed of a sequence; the cache may remember."""
+        if sequence.trail is not None:
+            self.cache.end(sequence.trail)
+        self.memory.free(sequence.row)
+        sequence.row, sequence.trail, sequence.computed = None, None, 0
+
+
+def _rank(sequence: Sequence) -> tuple[float, int]:
+    """The smaller, the sooner it runs; the largest gives way."""
+    return (-inf if sequence.passed >= _PATIENCE else sequence.priority, sequence.id)

@@ -1,4 +1,5 @@
-"""What the endpoints take: OpenAI's fields, and `top_k` and `ignore_eos` besides.
+"""What the endpoints take: OpenAI's fields, and beside them those that vLLM's clients know, such as `top_k`, `min_p`,
+`repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `structured_outputs` and `priority`.
 
 A field that OpenAI has and this server has not is accepted with its neutral values only, so that no client gets
 something else than it asked for. Anything unknown is an error. null means the default.
@@ -6,56 +7,146 @@ something else than it asked for. Anything unknown is an error. null means the d
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from serve.sampler import MOST_LOGPROBS
 
-STOPS = 16
+STOPS, BIASES, TOOLS = 16, 1024, 128
 SHAPES = {  # of fields with several types, whose own messages would name only one of them
     "prompt": "must be a text, a list of texts, a list of token ids, or a list of such lists",
-    "stop": f"must be a text or a list of at most {STOPS} texts",
+    "input": "must be a text, a list of texts, a list of token ids, or a list of such lists",
+    "stop": f"must be a text or a list of at most {STOPS} texts, none of them empty",
     "messages": "must be a list of at least one message, each with a role and a content",
-    "role": "must be system, developer, user or assistant; tools are not supported by this server",
+    "role": "must be system, developer, user, assistant or tool",
     "content": 'must be a text, or a list of parts {"type": "text", "text": ...}',
+    "response_format": 'must be {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": '
+    '{"name": ..., "schema": {...}}}',
+    "tool_choice": 'must be none, auto, required or {"type": "function", "function": {"name": ...}}',
+    "structured_outputs": "must have exactly one of json, regex, choice, grammar and json_object",
 }
+HALF = "must be Unicode text, and there is half a character (a lone surrogate) in it"
 FIRST = Field(fail_fast=True)  # of a list: one complaint is told, so the first is enough; a million take seconds
+SOME = Field(fail_fast=True, min_length=1)
+Id = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[Id], SOME]
+Texts = str | Ids | Annotated[list[str], SOME] | Annotated[list[Ids], SOME]
+Whole = Annotated[
+    int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value % 1 == 0 else value)
+]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-    include_usage: bool = False
+Word = Annotated[str, Field(min_length=1)]
 
 
-class Body(BaseModel):
-    """The fields that both endpoints have."""
+class Strict(BaseModel):
+    """Nothing unknown, nothing converted; null is as if it were left out."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    neutral: ClassVar[dict[str, tuple]] = {"logit_bias": ({},), "store": (False,), "metadata": ({},)}
-
-    model: str
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    n: int = Field(1, ge=1, le=128)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    stop: str | Annotated[list[str], FIRST] = Field(default_factory=list)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
-    user: str = ""
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    neutral: ClassVar[dict[str, tuple]] = {}  # what of OpenAI's is not offered, and the values that ask for nothing
 
     @model_validator(mode="before")
     @classmethod
     def _plain(cls, body: Any) -> Any:
-        """Drops null, and neutral values of what is not offered."""
         if not isinstance(body, dict):
-            raise ValueError("the body must be a JSON object")
+            return body
         body = {key: value for key, value in body.items() if value is not None}
         for key, values in cls.neutral.items():
             if key in body and body.pop(key) not in values:
                 raise ValueError(f"{key}: not supported by this server; leave it out")
+        return body
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        schema = handler(core_schema)
+        own = handler.resolve_ref_schema(schema)
+        required = own.get("required", ())
+        properties = own.setdefault("properties", {})
+        for name, field in properties.items():
+            if name not in required:
+                field.pop("default", None)
+                properties[name] = {"anyOf": [field, {"type": "null"}]}
+        properties.update({name: {"enum": [*values, None]} for name, values in cls.neutral.items()})
+        return schema
+
+
+class StreamOptions(Strict):
+    neutral: ClassVar[dict[str, tuple]] = {"include_obfuscation": (False,)}
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class JSONSchema(Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str = ""
+    schema_: dict[str, Any] = Field(default_factory=lambda: {"type": "object"}, alias="schema")
+    strict: bool = True  # answers follow the schema in any case
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchema | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError(f"response_format: {SHAPES['response_format']}")
+        return self
+
+
+class StructuredOutputs(Strict):
+    """vLLM's way to ask for more kinds of grammars. grammar: in llguidance's dialect of Lark."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1, "maxProperties": 1})
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], FIRST] | None = Field(None, min_length=1)
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "StructuredOutputs":
+        if len(self.model_fields_set) != 1 or self.json_object is False:
+            raise ValueError(f"structured_outputs: {SHAPES['structured_outputs']}")
+        check_unicode("structured_outputs", self.regex or "", self.grammar or "", *(self.choice or ()))
+        return self
+
+
+class Body(Strict):
+    """The fields that both endpoints have."""
+
+    neutral: ClassVar[dict[str, tuple]] = {"store": (False,), "metadata": ({},)}
+
+    model: str
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: Whole = Field(0, ge=-1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    n: Whole = Field(1, ge=1, le=128)
+    seed: Whole | None = Field(None, ge=-(2**63), lt=2**64)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        default_factory=dict, max_length=BIASES
+    )
+    min_tokens: Whole = Field(0, ge=0)
+    stop: Word | Annotated[list[Word], Field(fail_fast=True, max_length=STOPS)] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[Id], FIRST] = Field(default_factory=list, max_length=STOPS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    ignore_eos: bool = False
+    priority: Whole = Field(0, ge=-(2**31), lt=2**31)
+    user: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _object(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            raise ValueError("the body must be a JSON object")
         return body
 
     @model_validator(mode="after")
@@ -64,11 +155,15 @@ class Body(BaseModel):
             raise ValueError("stream_options: allowed only with stream=true")
         if isinstance(self.stop, str):
             self.stop = [self.stop]
-        if not all(self.stop) or len(self.stop) > STOPS:
-            raise ValueError(f"stop: {SHAPES['stop']}, none of them empty")
         check_unicode("stop", *self.stop)
         check_unicode("user", self.user)
+        if self.structured_outputs is not None and self.json_asked:
+            raise ValueError("structured_outputs: response_format says the same; give one of them")
         return self
+
+    @property
+    def json_asked(self) -> bool:
+        return self.response_format is not None and self.response_format.type != "text"
 
 
 class Completion(Body):
@@ -76,63 +171,123 @@ class Completion(Body):
 
     neutral: ClassVar[dict[str, tuple]] = {**Body.neutral, "suffix": ("",)}
 
-    prompt: (
-        str
-        | Annotated[list[int], FIRST]
-        | Annotated[list[str], FIRST]
-        | Annotated[list[Annotated[list[int], FIRST]], FIRST]
-    )
-    max_tokens: int = Field(16, ge=1)
+    prompt: Texts
+    max_tokens: Whole = Field(16, ge=1)
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=5)
-    best_of: int | None = None
+    logprobs: Whole | None = Field(None, ge=0, le=5)
+    best_of: Whole | None = None
 
     @model_validator(mode="after")
     def _prompt(self) -> "Completion":
-        if isinstance(self.prompt, list) and not all([self.prompt, *(p != [] for p in self.prompt)]):
-            raise ValueError(f"prompt: {SHAPES['prompt']}, none of them empty")
-        check_unicode("prompt", *(prompt for prompt in self.prompts() if isinstance(prompt, str)))
+        split("prompt", self.prompt)
         if self.best_of not in (None, self.n):
             raise ValueError("best_of: not supported by this server; leave it out")
         if self.echo and self.logprobs is not None:
             raise ValueError("logprobs: not supported together with echo, as those of a prompt are not computed")
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens: must be at most max_tokens={self.max_tokens}")
         return self
 
     def prompts(self) -> list[str | list[int]]:
         """The prompts one by one, texts or token ids."""
-        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
-        return [self.prompt] if single else list(self.prompt)
+        return split("prompt", self.prompt)
 
 
-class Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Part(Strict):
     type: Literal["text"]
     text: str
 
 
-class Turn(BaseModel):
-    """One message of a chat."""
+class FunctionCall(Strict):
+    name: str
+    arguments: str  # JSON
 
-    model_config = ConfigDict(extra="forbid", strict=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[Part], FIRST]
+class ToolCall(Strict):
+    """A call that the assistant made."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _plain(cls, turn: Any) -> Any:
-        """Drops null, of which OpenAI's answers have many, and an answer may be sent back."""
-        return {key: value for key, value in turn.items() if value is not None} if isinstance(turn, dict) else turn
+    id: str
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+Content = str | Annotated[list[Part], FIRST]
+
+
+class Said(Strict):
+    """A message of the one who asks."""
+
+    role: Literal["system", "developer", "user"]
+    content: Content
+    name: str | None = None
 
     @model_validator(mode="after")
-    def _content(self) -> "Turn":
-        check_unicode("content", self.plain()["content"])
+    def _unicode(self) -> "Said":
+        check_unicode("content", plain(self.content), self.name or "")
         return self
 
-    def plain(self) -> dict[str, str]:
-        """As templates know it: developer is a newer name of system."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+class Answered(Strict):
+    """A message of the assistant, as an answer has it."""
+
+    neutral: ClassVar[dict[str, tuple]] = {"refusal": (), "annotations": ([],), "audio": (), "function_call": ()}
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], FIRST] | None = Field(None, max_length=TOOLS)
+
+    @model_validator(mode="after")
+    def _something(self) -> "Answered":
+        if self.content is None and not self.tool_calls:
+            raise ValueError(f"content: {SHAPES['content']}")
+        calls = [text for call in self.tool_calls or () for text in (call.function.name, call.function.arguments)]
+        check_unicode("content", plain(self.content), self.name or "", *calls)
+        return self
+
+
+class Result(Strict):
+    """What a tool gave."""
+
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+    @model_validator(mode="after")
+    def _unicode(self) -> "Result":
+        check_unicode("content", plain(self.content), self.tool_call_id)
+        return self
+
+
+Turn = Annotated[Said | Answered | Result, Field(discriminator="role")]
+
+
+def plain(content: str | list[Part] | None) -> str:
+    """The text of a message."""
+    return "".join(part.text for part in content) if isinstance(content, list) else content or ""
+
+
+class Function(Strict):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
+    strict: bool = False  # calls that are enforced follow the parameters in any case
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class Named(Strict):
+    name: str
+
+
+class Choice(Strict):
+    """A tool that must be called."""
+
+    type: Literal["function"]
+    function: Named
 
 
 class ChatCompletion(Body):
@@ -140,21 +295,20 @@ class ChatCompletion(Body):
 
     neutral: ClassVar[dict[str, tuple]] = {
         **Body.neutral,
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "service_tier": ("auto", "default"),
     }
 
     messages: Annotated[list[Turn], FIRST] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: Whole | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    tools: Annotated[list[Tool], FIRST] = Field(default_factory=list, max_length=TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | Choice = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _chat(self) -> "ChatCompletion":
@@ -162,9 +316,78 @@ class ChatCompletion(Body):
             if self.max_tokens not in (None, self.max_completion_tokens):
                 raise ValueError("max_tokens: an older name of max_completion_tokens; give one of them")
             self.max_tokens = self.max_completion_tokens
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens: must be at most max_tokens={self.max_tokens}")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: allowed only with logprobs=true")
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two functions have the same name")
+        if isinstance(self.tool_choice, Choice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice: there is no tool {self.tool_choice.function.name!r}")
+        if self.tool_choice == "required" and not self.tools:
+            raise ValueError("tool_choice: required, and there are no tools")
+        if self.enforced and (self.json_asked or self.structured_outputs):
+            raise ValueError("tool_choice: a call is required, so the answer cannot have another form besides")
         return self
+
+    @property
+    def enforced(self) -> list[Tool]:
+        """Tools of which one must be called; none when there is no must."""
+        if isinstance(self.tool_choice, Choice):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return self.tools if self.tool_choice == "required" else []
+
+
+class Embedding(Strict):
+    """A request body of POST /v1/embeddings."""
+
+    neutral: ClassVar[dict[str, tuple]] = {"dimensions": ()}
+
+    model: str
+    input: Texts
+    encoding_format: Literal["float", "base64"] = "float"
+    user: str = ""
+
+    @model_validator(mode="after")
+    def _input(self) -> "Embedding":
+        split("input", self.input)
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        return split("input", self.input)
+
+
+class Tokenization(Strict):
+    """A request body of POST /tokenize, of a prompt or of a chat, as vLLM has it."""
+
+    model: str
+    prompt: str | None = None
+    messages: Annotated[list[Turn], FIRST] | None = Field(None, min_length=1)
+    tools: Annotated[list[Tool], FIRST] = Field(default_factory=list, max_length=TOOLS)
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> "Tokenization":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: give it or messages")
+        check_unicode("prompt", self.prompt or "")
+        return self
+
+
+class Detokenization(Strict):
+    """A request body of POST /detokenize."""
+
+    model: str
+    tokens: Annotated[list[Id], FIRST]
+
+
+def split(name: str, texts: str | list) -> list[str | list[int]]:
+    """One by one."""
+    each = [texts] if isinstance(texts, str) or isinstance(texts[0], int) else list(texts)
+    check_unicode(name, *(text for text in each if isinstance(text, str)))
+    return each
 
 
 def check_unicode(name: str, *texts: str) -> None:
@@ -173,15 +396,4 @@ def check_unicode(name: str, *texts: str) -> None:
         for text in texts:
             text.encode()
     except UnicodeEncodeError:
-        raise ValueError(
-            f"{name}: must be Unicode text, and there is half a character (a lone surrogate) in it"
-        ) from None
-
-
-class Message(BaseModel):
-    """An error as OpenAI's clients expect it."""
-
-    message: str
-    type: Literal["invalid_request_error", "authentication_error", "rate_limit_error", "server_error"]
-    param: str | None = None
-    code: str | None = None
+        raise ValueError(f"{name}: {HALF}") from None

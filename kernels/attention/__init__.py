@@ -6,9 +6,9 @@ from torch import Tensor
 from kernels import check, op
 from kernels.attention.chunked import chunked, grad, twice
 from kernels.attention.reference import reference
-from kernels.attention.view import View, seen, slot_index
+from kernels.attention.view import View, ancestors, seen, slot_index
 
-__all__ = ["View", "attention", "checked", "slot_index"]
+__all__ = ["View", "ancestors", "attention", "checked", "slot_index"]
 
 
 def _fake(
@@ -46,7 +46,6 @@ def attention(
     slopes_H: Tensor | None = None,
     sinks_H: Tensor | None = None,
     ssmax_H: Tensor | None = None,
-    parents_BT: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention of each query over the tokens of its own document.
 
@@ -59,8 +58,7 @@ def attention(
       slopes_H  l - slope * |position of the query - position of the key| (ALiBi, arXiv 2108.12409);
       sinks_H   one more logit in the softmax, of a value of zeros (gpt-oss, arXiv 2508.10925);
       ssmax_H   l * s * log(n), n the number of tokens the query reads, itself included (arXiv 2501.19399).
-    parents_BT: column of each new token's parent in a draft tree, -1 at a root, int64; a parent stands before its
-    children, and a token reads the past, its ancestors and itself (arXiv 2401.10774). Segments are then 0 or -1.
+    A view of a draft tree needs mask="causal".
     Returns y (B, T, H, V) in q's dtype, 0 at padding. Raises ValueError or TypeError naming the argument.
     """
     name = "attention"
@@ -76,19 +74,19 @@ def attention(
             check.shape(name, label, value, (heads,), f"(H={heads},)")
             check.floating(name, label, value)
             check.device(name, label, value, q_BTHK)
-    if parents_BT is not None:
-        check.shape(name, "parents_BT", parents_BT, (rows, tokens), f"(B={rows}, T={tokens})")
-        check.whole(name, "parents_BT", parents_BT)
-        check.device(name, "parents_BT", parents_BT, q_BTHK)
+    if view.parents_BT is not None:
+        check.shape(name, "view.parents_BT", view.parents_BT, (rows, tokens), f"(B={rows}, T={tokens})")
+        check.whole(name, "view.parents_BT", view.parents_BT)
+        check.device(name, "view.parents_BT", view.parents_BT, q_BTHK)
         if mask != "causal":
-            raise ValueError("attention: parents_BT needs mask='causal'")
+            raise ValueError("attention: view.parents_BT needs mask='causal'")
     if ssmax_H is not None:
         wide = torch.promote_types(q_BTHK.dtype, torch.float32)
         count_BT = seen(view, rows, tokens, window, mask == "causal", q_BTHK.device)
         factor_BTH = ssmax_H.to(wide) * count_BT.to(wide).log()[..., None]
         q_BTHK = (q_BTHK * factor_BTH[..., None]).to(q_BTHK.dtype)
     scale = size**-0.5 if scale is None else float(scale)
-    options = (slopes_H, sinks_H, parents_BT, scale, window, mask == "causal", float(softcap))
+    options = (slopes_H, sinks_H, view.parents_BT, scale, window, mask == "causal", float(softcap))
     return _op(q_BTHK, view.new["k"], view.new["v"], *past, *options)
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from kernels import segments
+from kernels import cpu, segments
 from kernels.attention.view import ancestors, slot_index
 
 BLOCK = 256  # queries that share a mask
+FEW = 16  # tokens of a decode step, a draft with it: C++ then reads a past in place
 GRAD_BLOCK = 128  # in backward, which holds the weights of a block
 
 
@@ -41,7 +42,10 @@ def chunked(
 ) -> Tensor:
     """y (B, T, H, V); as `reference`."""
     args = (q_BTHK, k_BTGK, v_BTGV, past_k, past_v, length_B, positions_BT, segments_BT, table_BN)
-    return _run(*args, slopes_H, sinks_H, parents_BT, scale, window, causal, softcap)
+    extra = (slopes_H, sinks_H, parents_BT, scale, window)
+    if past_k is not None and causal and q_BTHK.shape[1] <= FEW and cpu.serves(*args[:5]):
+        return torch.ops.edifice_cpu.attention(*args, *extra, softcap)
+    return _run(*args, *extra, causal, softcap)
 
 
 def twice(*args) -> Tensor:

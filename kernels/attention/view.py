@@ -24,6 +24,9 @@ class View:
     positions_BT: index of each new token in its document; None means length_B + 0, 1, 2, ...
     segments_BT:  0 the carried document, n the n-th begun in this call, -1 padding; None means all 0.
     table_BN:     page of each block of Z slots of a row, int64; page 0 takes the writes of padding, is never read.
+    parents_BT:   column of each new token's parent in a draft tree, -1 at a root, int64; a parent stands before its
+                  children, and a token reads the past, its ancestors and itself (arXiv 2401.10774). Segments are then
+                  0 or -1, and positions given. None: no tree.
     """
 
     new: dict[str, Tensor]
@@ -32,6 +35,7 @@ class View:
     positions_BT: Tensor | None = None
     segments_BT: Tensor | None = None
     table_BN: Tensor | None = None
+    parents_BT: Tensor | None = None
 
     @property
     def capacity(self) -> int:

@@ -3,9 +3,13 @@
 import torch
 from torch import Tensor
 
+from kernels import cpu
+
 
 def chunked(x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool) -> Tensor:
     """As `reference`; cannot be recorded by autograd."""
+    if cpu.serves(x_BTHK):
+        return torch.ops.edifice_cpu.rope(x_BTHK, cos_BTR, sin_BTR, interleaved)
     wide = torch.promote_types(x_BTHK.dtype, torch.float32)
     pairs = cos_BTR.shape[-1]
     y = torch.empty(x_BTHK.shape, dtype=wide, device=x_BTHK.device)

@@ -21,11 +21,11 @@ Attend = Callable[[Tensor, View], Tensor]
 class Full(nn.Module):
     """Built as `Cache(config, heads, size, scale)`: key heads, their channels, the factor of scores.
 
-    keeps: as of `Stateful`.
+    keeps, trees: as of `Stateful`.
     """
 
     family = "attention"
-    keeps = True  # nothing of fixed size to keep
+    keeps = trees = True  # nothing of fixed size to keep
 
     @dataclass(frozen=True)
     class Config:

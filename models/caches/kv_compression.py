@@ -30,7 +30,7 @@ SINKS = 4
 
 
 class KVCompression(Full):
-    keeps = False
+    keeps = trees = False
 
     @dataclass(frozen=True)
     class Config:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+import kernels
 from models.layers.activation import activate
 from models.layers.norm import RMSNorm
 from models.span import Span
@@ -41,4 +42,8 @@ class SwiGLU(Stateful):
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         gate, up = self.wi(x_BTD).chunk(2, -1)
-        return self.wo(self.hidden_norm(activate(gate, self.config.activation) * up)), state
+        if self.config.activation == "silu":
+            hidden = kernels.swiglu(gate, up)
+        else:
+            hidden = activate(gate, self.config.activation) * up
+        return self.wo(self.hidden_norm(hidden)), state

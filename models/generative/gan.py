@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.model import Batch, Model
+from models.model import Batch, Input, Model
 
 
 class Upsample(nn.Module):
@@ -164,6 +164,9 @@ class GAN(Model):
     def predict(self, inputs: Batch) -> Batch:
         """Images, at the data's own scale, of the given `latents_BZ`, by the averaged generator."""
         return {"pixels_BCHW": self.averaged(inputs["latents_BZ"]) / self.config.scale}
+
+    def takes(self) -> dict[str, Input]:
+        return {"latents_BZ": Input(torch.float32, (self.config.latent,))}
 
     def example(self, n: int, seed: int = 0) -> Batch:
         """A bright square, a quarter of the image wide, somewhere on a dark one."""

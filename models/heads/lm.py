@@ -16,7 +16,10 @@ from models.stateful import Place, Stateful
 
 
 class LM(Stateful):
+    """added: its parameters, by the beginnings of their names, that guess further than the next token."""
+
     family = "transformer"
+    added: tuple[str, ...] = ()
 
     @dataclass(frozen=True)
     class Config:
@@ -29,6 +32,9 @@ class LM(Stateful):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.randn(place.vocab, place.dim) * place.dim**-0.5)
+
+    def begin(self) -> None:
+        """Called when the weights of a decoder whose head had nothing added have been filled in."""
 
     def forward(
         self, x_BTD: Tensor, at: Span, state: State | None = None, targets_BT: Tensor | None = None

@@ -24,6 +24,8 @@ DECAY = 0.8
 
 
 class Medusa(LM):
+    added = ("inner", "outer")
+
     @dataclass(frozen=True)
     class Config(LM.Config):
         """heads: tokens guessed beyond the next one. weight: of their losses beside that of the next token."""
@@ -37,6 +39,12 @@ class Medusa(LM):
         self.config = config
         self.inner = nn.Parameter(torch.zeros(config.heads, place.dim, place.dim))
         self.outer = nn.Parameter(self.weight.detach().expand(config.heads, -1, -1).clone())
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Every head repeats the language-model head."""
+        self.inner.zero_()
+        self.outer.copy_(self.weight)
 
     def ahead(self, x: Tensor, head: int) -> Tensor:
         """What head `head` turns into logits, (..., D)."""

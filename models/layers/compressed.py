@@ -41,7 +41,7 @@ class Blocks:
         number_BM = (ends_BT.gather(1, column_BM) // self.stride).clamp(min=0)
         segments_BM = torch.where(done_BM, segments_BT.gather(1, column_BM), -1)
         length_B = None if at.length_B is None else self.count(at.length_B)
-        return Span(number_BM, segments_BT=segments_BM, length_B=length_B), column_BM
+        return Span(number_BM, segments_BT=segments_BM, length_B=length_B, drafts=at.drafts), column_BM
 
     def count(self, length_B: Tensor) -> Tensor:
         """Complete blocks of a document of that many tokens."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels.attention import View, slot_index
+from kernels.attention import View, ancestors, slot_index
 
 
 def weighted(
@@ -48,6 +48,7 @@ def flat(view: View, window: int, mask: str) -> tuple[Tensor, Tensor, Tensor, Te
     at_BT = columns_T + length_B[:, None] if view.positions_BT is None else view.positions_BT
     index_BS, reads_BTS = at_BT, segments_BT[:, :, None] == segments_BT[:, None]
     reads_BTS = reads_BTS & (columns_T <= columns_T[:, None]) if mask == "causal" else reads_BTS
+    reads_BTS = reads_BTS if view.parents_BT is None else reads_BTS & ancestors(view.parents_BT)
     if view.past:
         past = {
             name: pool if view.table_BN is None else pool[view.table_BN].flatten(1, 2)

@@ -25,8 +25,12 @@ def passes(choice: Choice, scores_BT: Tensor) -> Tensor:
 
 
 def spec(block, max_len: int) -> dict[str, TensorSpec]:
-    """State of a block that some tokens pass: its own, and how many tokens of the document have passed."""
-    return {"length": TensorSpec((), torch.int64)} | block.state_spec(max_len)
+    """State of a block that some tokens pass: its own, and how many tokens of the document have passed.
+
+    Entries are written one after the other by whichever tokens pass, so any later token may write next to early ones.
+    """
+    spec = {name: replace(part, late=-1) if part.every else part for name, part in block.state_spec(max_len).items()}
+    return {"length": TensorSpec((), torch.int64)} | spec
 
 
 def largest(choice: Choice, scores_BT: Tensor, count: int, open_BT: Tensor | None) -> Tensor:

@@ -13,6 +13,8 @@ from models.stateful import Place
 class Grouped(GQA):
     """options: the part's own Config; config: the gqa it would be."""
 
+    trees = False
+
     @dataclass(frozen=True)
     class Config:
         """As of gqa."""

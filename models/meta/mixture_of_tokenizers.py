@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.config import at_least, parse_part
 from models.layers import norm
 from models.layers.norm import Norm
-from models.model import Batch, Model
+from models.model import Batch, Input, Model
 from models.span import Span, localize
 from models.stack import Stack, draw_linears
 from models.stateful import Place
@@ -200,6 +200,12 @@ class MixtureOfTokenizers(Model):
         """Logits of the byte after each of `ids_BT`, and the experts' shares in them."""
         x_BTD, gate_BTE, at = self.hidden(inputs["ids_BT"], inputs.get("segments_BT"))
         return {"logits_BTC": self.head(x_BTD, at)[0], "gate_BTE": gate_BTE}
+
+    def takes(self) -> dict[str, Input]:
+        return {
+            "ids_BT": Input(torch.int64, (None,), 0, self.config.vocab - 1),
+            "segments_BT": Input(torch.int64, (None,), -1, like="ids_BT", optional=True),
+        }
 
     def example(self, n: int, seed: int = 0) -> Batch:
         """Rows of 32 bytes in words of two: each word, not its last byte alone, tells the next."""

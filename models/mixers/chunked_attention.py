@@ -19,6 +19,8 @@ from models.stateful import Place
 
 
 class ChunkedAttention(GQA):
+    trees = False  # chunks are numbered along the columns
+
     @dataclass(frozen=True)
     class Config(GQA.Config):
         """chunk: tokens."""

@@ -21,7 +21,7 @@ from models.stateful import Place, Stateful
 
 class GQA(Stateful):
     family = "attention"
-    keeps = True  # nothing of fixed size to keep, where the cache has nothing
+    keeps = trees = True  # nothing of fixed size to keep, where the cache has nothing
 
     @dataclass(frozen=True)
     class Config:
@@ -61,7 +61,7 @@ class GQA(Stateful):
         self.scores = scores(scores_config, config.heads, place)
         cache, cache_config = parse_part(config.cache, "cache")
         self.cache = cache(cache_config, config.kv_heads, self.head_dim, config.scale or self.head_dim**-0.5)
-        self.keeps = self.keeps and self.cache.keeps
+        self.keeps, self.trees = self.keeps and self.cache.keeps, self.trees and self.cache.trees
         self.causal = config.mask == "causal"
         self.wqkv = nn.Linear(place.dim, (config.heads + 2 * config.kv_heads) * self.head_dim, bias=config.bias)
         self.wo = nn.Linear(config.heads * self.head_dim, place.dim, bias=config.out_bias)

@@ -58,7 +58,8 @@ class InfLLMV2(Grouped):
 
     def state_spec(self, max_len: int) -> dict[str, TensorSpec]:
         spec = super().state_spec(max_len)
-        return {**spec, "mean": replace(spec["k"], every=self.options.stride)}
+        c = self.options
+        return {**spec, "mean": replace(spec["k"], every=c.stride, late=c.kernel - c.stride)}
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         c = self.options

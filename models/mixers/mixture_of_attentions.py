@@ -23,7 +23,7 @@ from models.stateful import Place, Stateful
 
 class MixtureOfAttentions(Stateful):
     family = "attention"
-    keeps = True  # its kinds do
+    keeps = trees = True  # its kinds do
 
     @dataclass(frozen=True)
     class Config:

@@ -23,7 +23,7 @@ from models.stateful import Place, Stateful
 
 class MLA(Stateful):
     family = "attention"
-    keeps = True
+    keeps = trees = True
 
     @dataclass(frozen=True)
     class Config:

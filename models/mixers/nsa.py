@@ -86,7 +86,7 @@ class NSA(Stateful):
         c, shape, dtype = self.config, (self.config.kv_heads, self.head_dim), self.wo.weight.dtype
         each = {
             "open": TensorSpec(shape, dtype, every=1, window=c.size),  # what the next summaries are made of
-            "summary": TensorSpec(shape, dtype, every=c.stride),
+            "summary": TensorSpec(shape, dtype, every=c.stride, late=c.size - c.stride),
             "block": TensorSpec(shape, dtype, every=1),
             "near": TensorSpec(shape, dtype, every=1, window=c.window),
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 from models.decoder import Decoder
 from models.layers import norm
 from models.layers.cross_attention import CrossAttention
-from models.model import Batch
+from models.model import Batch, Input
 from models.span import Span
 from models.stack import Stack, draw_linears
 from models.state import State, prefixed
@@ -61,12 +61,31 @@ class EncoderDecoder(Decoder):
 
     def forward(self, batch: Batch, phase: str = "main") -> tuple[Tensor, dict[str, Tensor]]:
         """Mean next-token loss of the target; batch: as the decoder's, and source_BS, source_count_B."""
+        return self.mean_loss(*self._read(batch), batch)
+
+    def predict(self, inputs: Batch) -> Batch:
+        """logits_BTC after each of `ids_BT`, given `source_BS`, of which the first source_count_B tokens are real."""
+        counts_B, length = inputs["source_count_B"], inputs["source_BS"].shape[1]
+        if int(counts_B.max()) > length:
+            raise ValueError(f"source_count_B: {int(counts_B.max())}, but source_BS has {length} tokens")
+        return {"logits_BTC": self.head(*self._read(inputs))[0]}
+
+    def takes(self) -> dict[str, Input]:
+        last = self.config.vocab - 1
+        return {
+            "ids_BT": Input(torch.int64, (None,), 0, last),
+            "source_BS": Input(torch.int64, (None,), 0, last),
+            "source_count_B": Input(torch.int64, (), 0, self.config.memory),
+        }
+
+    def _read(self, batch: Batch) -> tuple[Tensor, Span]:
+        """What the last block makes of the target after it has seen the source."""
         shared = {
             "memory": self.encode(batch["source_BS"], batch["source_count_B"]),
             "memory_count": batch["source_count_B"],
         }
         x_BTD, at, _ = self.hidden(batch["ids_BT"], None, batch.get("segments_BT"), shared=shared)
-        return self.mean_loss(x_BTD, at, batch)
+        return x_BTD, at
 
     def example(self, n: int, seed: int = 0) -> Batch:
         """The target is the source backwards, eight kinds of token that only reading the source can tell apart."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import parse_part
-from models.model import Batch, Model
+from models.model import Batch, Input, Model
 from models.span import Span
 from models.stateful import Place
 
@@ -130,6 +130,9 @@ class ViT(Model):
         """The logits and the likeliest class of each of `pixels_BCHW`."""
         logits_BC = self.logits(inputs["pixels_BCHW"])
         return {"logits_BC": logits_BC, "labels_B": logits_BC.argmax(1)}
+
+    def takes(self) -> dict[str, Input]:
+        return {"pixels_BCHW": Input(torch.float32, (self.config.channels, self.config.size, self.config.size))}
 
     def example(self, n: int, seed: int = 0) -> Batch:
         """A picture of each class, fixed, under noise."""

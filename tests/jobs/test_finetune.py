@@ -87,11 +87,11 @@ def test_exactly_the_assistants_tokens_are_learnt(tokens):
 
 
 def test_the_form_is_the_one_serving_prompts_with(tokens):
-    from serve.chat import Chat
+    from serve.template import Template
 
     chat = [{"role": "system", "content": "s <|end|> \u00e9"}, {"role": "user", "content": "a <|assistant|> b\n"}]
     ((ids_N, learn_N),) = Form(tokens).encode([[*chat, {"role": "assistant", "content": "yes"}]])
-    prompt = Chat(tokens).encode(chat)
+    prompt = Template(tokens).encode(chat)
     assert ids_N[: len(prompt)].tolist() == prompt
     assert not learn_N[: len(prompt)].any() and learn_N[len(prompt) :].all()
     assert (ids_N == tokens.token_to_id("<|assistant|>")).sum() == 1, "a spelling in a message is text"
@@ -215,12 +215,12 @@ def test_it_starts_from_the_given_weights_and_learns(tuned, prepared):
 
 
 def test_what_was_learnt_is_served_and_ends(tuned, tokens):
-    from serve.chat import Chat
+    from serve.template import Template
     from serve.engine import load
     from serve.sampler import Sampling
 
     engine = load(str(tuned), max_rows=4, max_len=128)
-    chat = Chat.load(str(tuned), engine.tokenizer)
+    chat = Template.load(str(tuned), engine.tokenizer)
     prompts = [chat.encode([{"role": "user", "content": f"what is {name}?"}]) for name in ANSWERS]
     results = engine.generate(prompts, Sampling(max_tokens=40, temperature=0.0))
     assert [result.text for result in results] == list(ANSWERS.values())

@@ -49,7 +49,8 @@ def depths(parents, length=None):
 def run(**options):
     def call(q, k, v, past_k=None, past_v=None, length=None, positions=None, segments=None, table=None, **tensors):
         past = {} if past_k is None else {"k": past_k, "v": past_v}
-        return attention(q, View({"k": k, "v": v}, past, length, positions, segments, table), **options, **tensors)
+        view = View({"k": k, "v": v}, past, length, positions, segments, table, tensors.pop("parents_BT", None))
+        return attention(q, view, **options, **tensors)
 
     return call
 

@@ -27,6 +27,13 @@ def draw():
 
 
 @pytest.fixture
+def seed():
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    return seed
+
+
+@pytest.fixture
 def pick(draw):
     """Random choices; torch draws from the same seed."""
     seed = random.randrange(1 << 30)

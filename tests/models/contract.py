@@ -49,15 +49,19 @@ def documents(rows, length, seed, padding=True):
 
 
 def paged(decoder, rows, max_len, size, seed=0):
-    """The state of `init_state`, but growing tensors in shuffled pages of `size` entries, poisoned with NaN."""
-    generator = torch.Generator().manual_seed(seed)
+    """The state of `init_state`, but growing tensors in shuffled pages of `size` entries, poisoned with NaN.
+
+    Tensors of as many pages have one table, as those that are appended together must.
+    """
+    generator, orders = torch.Generator().manual_seed(seed), {}
     state, spec = decoder.init_state(rows, max_len), decoder.state_spec(max_len)
     for name, value in state.items():
         if spec[name].every:
             blocks = -(-value.shape[1] // size)
-            order = torch.randperm(rows * blocks, generator=generator).view(rows, blocks) + 1
+            if blocks not in orders:
+                orders[blocks] = torch.randperm(rows * blocks, generator=generator).view(rows, blocks) + 1
             pool = torch.full((rows * blocks + 1, size, *value.shape[2:]), float("nan"), dtype=value.dtype)
-            state[name] = Pages(pool, order)
+            state[name] = Pages(pool, orders[blocks])
     return state
 
 

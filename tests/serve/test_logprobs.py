@@ -10,11 +10,11 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as token_models
 
-from serve.api import Service, create_app
-from serve.chat import Chat
+from serve.api import Served, Service, create_app
 from serve.engine import Engine
 from serve.logprobs import Speller
 from serve.sampler import Sampling, sample
+from serve.template import Template
 from serve.worker import Worker
 
 PROMPT = "wer Gr\u00fc\u00dfe"
@@ -28,7 +28,9 @@ def engine(decoder, tokenizer):
 @pytest.fixture(scope="module")
 def client(decoder, tokenizer):
     worker = Worker(Engine(decoder, tokenizer, max_rows=3, max_len=100))
-    http = TestClient(create_app(Service(worker, "tiny", chat=Chat(tokenizer))), client=("127.0.0.1", 1))
+    http = TestClient(
+        create_app(Service.of(Served.local(worker, "tiny", Template(tokenizer)))), client=("127.0.0.1", 1)
+    )
     yield openai.OpenAI(base_url="http://testserver/v1", api_key="any", http_client=http, max_retries=0)
     worker.stop()
 
@@ -41,7 +43,7 @@ def recomputed(model, prompt, tokens) -> torch.Tensor:
 
 
 def test_they_are_those_of_the_whole_sequence_whatever_shapes_the_draw(engine, decoder):
-    prompts = [engine.encode(text) for text in (PROMPT, "def", "for i in", "x")]
+    prompts = [engine.prompts.encode(text) for text in (PROMPT, "def", "for i in", "x")]
     samplings = [
         Sampling(max_tokens=20, seed=1, logprobs=3),
         Sampling(max_tokens=15, seed=2, temperature=0.3, top_p=0.5, logprobs=0, ignore_eos=True),
@@ -75,7 +77,7 @@ def test_penalties_are_exact(engine, decoder):
     """Against the definition, one token at a time; a stream that goes on elsewhere remembers what it said."""
     from serve.engine import Request
 
-    prompt, tokens = engine.encode("def def def"), []
+    prompt, tokens = engine.prompts.encode("def def def"), []
     sampling = Sampling(
         max_tokens=30, seed=5, temperature=0.7, frequency_penalty=0.3, presence_penalty=-2.0, ignore_eos=True
     )
@@ -150,7 +152,7 @@ def test_a_stop_text_and_the_end_token_have_theirs(client, engine, first_end):
     assert choice.text == whole.text[: whole.text.index(whole.text[6:9])]
     assert choice.logprobs.token_logprobs == pytest.approx(whole.logprobs.token_logprobs[:tokens], abs=1e-4)
     assert choice.logprobs.tokens == whole.logprobs.tokens[:tokens]
-    seed, _ = first_end(engine, engine.encode("a"), "<|eos|>")
+    seed, _ = first_end(engine, engine.prompts.encode("a"), "<|eos|>")
     options = {"max_tokens": 30, "temperature": 3.0, "seed": seed}
     choice = client.completions.create(model="tiny", prompt="a", logprobs=0, **options).choices[0]
     assert choice.logprobs.tokens[-1] == "<|eos|>" and choice.finish_reason == "stop"

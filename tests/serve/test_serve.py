@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from serve.chat import Chat
 from serve.engine import Engine
 from serve.sampler import Sampling
+from serve.template import Template
 
 KEY = "secret"
 MAX_LEN = 6000  # a completion of this length takes far longer than any test waits
@@ -66,7 +67,7 @@ def test_it_answers_what_the_engine_says(client, engine):
     answer = client.completions.create(model="tiny", prompt="def f", max_tokens=30, seed=4)
     expected = engine.generate(["def f"], Sampling(max_tokens=30, seed=4))[0]
     assert answer.choices[0].text == expected.text and answer.choices[0].finish_reason == expected.reason
-    assert answer.usage.prompt_tokens == len(engine.encode("def f"))
+    assert answer.usage.prompt_tokens == len(engine.prompts.encode("def f"))
     assert answer.usage.completion_tokens == len(expected.tokens)
 
 
@@ -94,7 +95,7 @@ def test_chats(client, engine, tokenizer):
     options = {"model": "tiny", "messages": messages, "max_tokens": 30, "seed": 4, "extra_body": {"ignore_eos": True}}
     answer = client.chat.completions.create(**options, n=2, logprobs=True)
     samplings = [Sampling(max_tokens=30, seed=seed, logprobs=0, ignore_eos=True) for seed in (4, 5)]
-    expected = engine.generate([Chat(tokenizer).encode(messages)] * 2, samplings)
+    expected = engine.generate([Template(tokenizer).encode(messages)] * 2, samplings)
     for choice, result in zip(answer.choices, expected):
         assert choice.message.content == result.text
         values = [each.logprob for each in choice.logprobs.content]
@@ -157,22 +158,19 @@ def test_eight_at_once_get_what_they_would_get_alone(client, engine):
     assert texts == [result.text for result in results]
 
 
-def scrape(url: str) -> str:
+def scrape(url: str) -> dict[str, float]:
+    """Series by name, or name and reason."""
     request = urllib.request.Request(f"{url}/metrics", headers={"Authorization": f"Bearer {KEY}"})
     with urllib.request.urlopen(request) as answer:
-        return answer.read().decode()
-
-
-def number(url: str, name: str, more: str = "") -> float:
-    """The value of a series."""
-    pattern = rf'^edifice_{name}\{{model="tiny",{more}replica="\w+"\}} (\S+)$'
-    return float(re.search(pattern, scrape(url), re.MULTILINE)[1])
+        families = text_string_to_metric_families(answer.read().decode())
+        samples = [sample for family in families for sample in family.samples if sample.labels["model_name"] == "tiny"]
+    return {f"{sample.name} {sample.labels.get('finished_reason', '')}".strip(): sample.value for sample in samples}
 
 
 def test_metrics(client, url):
-    before = number(url, "generation_tokens_total")
+    before = scrape(url)["edifice_generation_tokens_total"]
     client.completions.create(model="tiny", prompt="a", max_tokens=3, extra_body={"ignore_eos": True})
-    assert number(url, "generation_tokens_total") == before + 3
+    assert scrape(url)["edifice_generation_tokens_total"] == before + 3
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{url}/metrics")
 
@@ -183,7 +181,8 @@ def test_clients_that_go_away_free_their_rows(client, url, stream, chat):
     """Both rows would be taken for many seconds, and then their completions would not be counted as cancelled."""
     slow = {"model": "tiny", "n": 2, "max_tokens": 5900, "extra_body": {"ignore_eos": True}}
     slow |= {"messages": [{"role": "user", "content": "a"}]} if chat else {"prompt": "a"}
-    before = number(url, "requests_total", 'outcome="cancelled",')
+    cancelled, running = "edifice_request_success_total cancelled", "edifice_num_requests_running"
+    before = scrape(url)[cancelled]
 
     def ask(client, **options):
         return (client.chat.completions if chat else client.completions).create(**slow, **options)
@@ -195,18 +194,26 @@ def test_clients_that_go_away_free_their_rows(client, url, stream, chat):
         with pytest.raises(openai.APITimeoutError):
             ask(client.with_options(timeout=0.7))
     start = time.monotonic()
-    while number(url, "requests_total", 'outcome="cancelled",') < before + 2 or number(url, "requests_running"):
+    while (found := scrape(url))[cancelled] < before + 2 or found[running]:
         assert time.monotonic() - start < 20
         time.sleep(0.05)
     assert client.completions.create(model="tiny", prompt="a", max_tokens=5).choices
 
 
-def test_wrong_arguments_are_one_line_before_ray_starts(tmp_path):
+def test_wrong_arguments_are_one_line_before_ray_starts(tmp_path, model_folder):
     from serve.app import build
 
     for args, message in [
-        ({}, r"model: Field required; the arguments are name=value of model, name, max_rows"),
-        ({"model": "x", "rows": 3}, r"rows: Extra inputs are not permitted"),
+        ({}, r"model: name one, or several with commas"),
+        ({"model": "x", "models": "[]", "name": ""}, r"looked in"),
+        ({"models": "[{"}, r"models: not JSON"),
+        ({"models": '[{"model": "x", "rows": 3}]'}, r"models.0.rows: Extra inputs"),
+        (
+            {"model": "x", "rows": 3},
+            r"rows: Extra inputs are not permitted; the arguments are name=value of model, name",
+        ),
+        ({"model": f"{model_folder},{model_folder}"}, r"tiny, tiny: each must have its own name"),
+        ({"model": str(model_folder), "keys": "nowhere"}, r"keys=nowhere: not a file of"),
         ({"model": "x", "max_rows": "many"}, r"max_rows: Input should be a valid integer"),
         ({"model": str(tmp_path)}, r"model=.*: neither a model folder nor a run with a complete checkpoint"),
         ({"model": str(tmp_path / "none")}, r"model=.*: neither a model folder nor a run"),
@@ -231,8 +238,9 @@ def test_a_run_can_be_named(model_folder, tmp_path, monkeypatch):
     (home / "runs").mkdir(parents=True)
     (home / "runs" / "mine").symlink_to(model_folder)
     monkeypatch.setenv("EDIFICE_HOME", str(home))
-    assert find("mine") == str(home / "runs" / "mine")
-    assert find(str(model_folder)) == str(model_folder)
+    step = "checkpoints/step-00000010"  # the newest now: a replica that starts later has the same weights
+    assert find("mine") == str(home / "runs" / "mine" / step)
+    assert find(str(model_folder)) == str(model_folder / step)
 
 
 def test_one_completion_on_the_command_line(model_folder, engine):

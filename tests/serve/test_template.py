@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from cluster import folder
-from serve.chat import Chat
 from serve.engine import load
+from serve.template import Template
 
 SPECIALS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 # In the manner of a well-known one: trimmed contents, a check of the roles, the tags that only Hugging Face has.
@@ -47,8 +47,8 @@ def test_the_default_template(tokenizer):
     bos, _, person, assistant, system, end = (tokenizer.token_to_id(special) for special in SPECIALS)
     messages = [{"role": "system", "content": "return"}, *user("def f")]
     expected = [bos, system, *text("return"), end, person, *text("def f"), end, assistant]
-    assert Chat(tokenizer).encode(messages) == expected
-    assert Chat(tokenizer).encode([*messages, {"role": "assistant", "content": "x"}, *user("i")]) == [
+    assert Template(tokenizer).encode(messages) == expected
+    assert Template(tokenizer).encode([*messages, {"role": "assistant", "content": "x"}, *user("i")]) == [
         *expected, *text("x"), end, person, *text("i"), end, assistant
     ]  # fmt: skip
 
@@ -57,7 +57,7 @@ def test_tokens_are_those_of_hugging_face(tokenizer):
     from transformers import PreTrainedTokenizerFast
 
     reference = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
-    chat = Chat(tokenizer, TEMPLATE)
+    chat = Template(tokenizer, TEMPLATE)
     for messages in (CHAT, CHAT[1:], CHAT[:2], user("")):
         expected = reference.apply_chat_template(
             messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False
@@ -74,7 +74,7 @@ pieces = st.lists(
 @given(contents=st.lists(pieces.map("".join), min_size=1, max_size=3))
 def test_spelled_special_tokens_stay_text(tokenizer, contents):
     ids = {tokenizer.token_to_id(special) for special in SPECIALS}
-    chat, quiet = Chat(tokenizer), ["a"] * len(contents)
+    chat, quiet = Template(tokenizer), ["a"] * len(contents)
     turns = [[{"role": "user", "content": content} for content in some] for some in (contents, quiet)]
     tokens, plain = (chat.encode(some) for some in turns)
     assert [token for token in tokens if token in ids] == [token for token in plain if token in ids]
@@ -85,7 +85,7 @@ def test_spelled_special_tokens_stay_text(tokenizer, contents):
 @given(content=st.text("ab \n<|>\u4f60", max_size=20))
 def test_marks_do_not_change_the_tokens_around_them(tokenizer, content):
     """Where a special token is spelled, the turns before and after it are what they were."""
-    chat = Chat(tokenizer, TEMPLATE)
+    chat = Template(tokenizer, TEMPLATE)
     quiet = chat.encode([*user(content), *user("x")])
     spelled = chat.encode([*user(content), *user("<|end|>")])
     end = tokenizer.token_to_id("<|end|>")
@@ -102,12 +102,12 @@ def test_templates_that_refuse_break_or_reach_out(tokenizer):
         ("{{ nothing.at_all }}", "refuses them: 'nothing' is undefined"),
     ]:
         with pytest.raises(ValueError, match=f"^messages: the model's chat template .*{message}") as error:
-            Chat(tokenizer, template).encode(user("a"))
+            Template(tokenizer, template).encode(user("a"))
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="^the model's chat template is broken at line 2: "):
-        Chat(tokenizer, "a\n{% if %}")
+        Template(tokenizer, "a\n{% if %}")
     with pytest.raises(ValueError, match="^messages: .*System messages come first$"):
-        Chat(tokenizer, TEMPLATE).encode([*user("a"), {"role": "system", "content": "b"}])
+        Template(tokenizer, TEMPLATE).encode([*user("a"), {"role": "system", "content": "b"}])
 
 
 def test_what_a_folder_says(tmp_path, decoder, tokenizer):
@@ -130,16 +130,16 @@ def test_what_a_folder_says(tmp_path, decoder, tokenizer):
     }
     special = tokenizer.token_to_id
     path = make("config", tokenizer_config__json=json.dumps(config))
-    assert Chat.load(path, tokenizer).encode(user("def")) == [
+    assert Template.load(path, tokenizer).encode(user("def")) == [
         special("<|system|>"), *tokenizer.encode("def").ids, special("<|assistant|>")
     ]  # fmt: skip
     assert load(path).ends == {special("<|eos|>"), special("<|end|>"), special("<|assistant|>")}
     path = make("file", tokenizer_config__json=json.dumps(config), chat_template__jinja="{{ bos_token }}")
-    assert Chat.load(path, tokenizer).encode(user("def")) == [special("<|system|>")]
+    assert Template.load(path, tokenizer).encode(user("def")) == [special("<|system|>")]
     path = make("none")
-    assert Chat.load(path, tokenizer).encode(user("")) == Chat(tokenizer).encode(user(""))
+    assert Template.load(path, tokenizer).encode(user("")) == Template(tokenizer).encode(user(""))
     assert load(path).ends == {special("<|eos|>"), special("<|end|>")}
-    assert Chat.load(path, None) is None
+    assert Template.load(path, None) is None
 
 
 def test_without_a_template_the_special_tokens_are_needed(model_folder, tokenizer):
@@ -147,6 +147,6 @@ def test_without_a_template_the_special_tokens_are_needed(model_folder, tokenize
     stored["added_tokens"] = [token for token in stored["added_tokens"] if token["content"] != "<|end|>"]
     partly = Tokenizer.from_str(json.dumps(stored))
     with pytest.raises(ValueError, match=r"^the model has no chat template, and its tokenizer has no <\|end\|>$"):
-        Chat(partly)
+        Template(partly)
     other = Tokenizer.from_str(tokenizer.to_str().replace("<|assistant|>", "<|other|>"))
-    assert Chat.load(str(model_folder), other) is None and Chat.load(str(model_folder), tokenizer) is not None
+    assert Template.load(str(model_folder), other) is None and Template.load(str(model_folder), tokenizer) is not None

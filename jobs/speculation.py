@@ -1,0 +1,160 @@
+"""What speculation brings on trained models: `python -m jobs.speculation [--record FILE]`.
+
+Trains a decoder, a small one that drafts for it, and Medusa heads on the decoder, all on Python's standard library; then
+decodes held-out code at 1, 8 and 32 streams with each drafter. Each is timed right beside plain decoding, several times,
+and its tokens are compared with those of plain decoding first. Runs stay in EDIFICE_HOME: what was interrupted goes on.
+"""
+
+import argparse
+import platform
+import statistics
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from jobs import cli
+from jobs.config import Job
+from jobs.data import Data, index_of, prepare
+from jobs.optim import Optim
+from jobs.pretrain import pretrain, run_folder
+from models.decoder import Decoder
+from serve.engine import load
+from serve.sampler import Sampling
+
+STREAMS = (1, 8, 32)
+COLUMNS = ("drafter", "streams", "tokens/s", "over plain", "tokens per call", "accepted")
+
+
+@dataclass(frozen=True)
+class Row:
+    """speed: tokens a second. ratio: over plain decoding timed beside it. per_call: tokens of a row in a call.
+
+    accepted: part of the drafted tokens that held.
+    """
+
+    drafter: str
+    streams: int
+    speed: float
+    ratio: float
+    per_call: float
+    accepted: float
+
+    def cells(self) -> list[str]:
+        numbers = [f"{self.speed:,.0f}", f"{self.ratio:.2f}x", f"{self.per_call:.2f}", f"{self.accepted:.0%}"]
+        return [self.drafter, str(self.streams), *numbers]
+
+
+def jobs(given: argparse.Namespace) -> tuple[Job, Job]:
+    """The decoder's run and that of the model that drafts for it."""
+    common = {
+        "data": Data(vocab=2048, limit_bytes=500_000, val_fraction=0.05),
+        "steps": given.steps,
+        "batch": 8,
+        "length": 256,
+        "workers": 0,
+        "threads": given.threads,
+        "precision": "bf16",
+        "eval_every": 60,
+        "eval_rows": 16,
+        "save_every": 60,
+    }
+    base = Decoder.Config(vocab=2048, dim=512, layers=8, pattern=given.pattern)
+    small = Decoder.Config(vocab=2048, dim=128, layers=2, pattern="gqa(heads=4,kv_heads=2)")
+    decay = Optim(warmup=20, schedule="linear", floor=0.0)
+    return (
+        Job(name=f"{given.name}-base", model=base, optim=replace(decay, lr=1.5e-3), **common),
+        Job(name=f"{given.name}-draft", model=small, optim=replace(decay, lr=4e-3), **common),
+    )
+
+
+def measure(given: argparse.Namespace) -> list[Row]:
+    """Train what is not there yet, then time each drafter beside plain decoding."""
+    base, small = jobs(given)
+    for job in (base, small):
+        pretrain(job)
+    heads = medusa(given, base)
+    folders = {name: str(run_folder(job.name)) for name, job in (("base", base), ("draft", small), ("medusa", heads))}
+    setups = (
+        ("n-gram", folders["base"], "ngram"),
+        ("draft model", folders["base"], folders["draft"]),
+        ("medusa tree", folders["medusa"], "medusa"),
+    )
+    rows = []
+    for streams in STREAMS:
+        for name, path, drafter in setups:
+            rows.append(beside(name, path, drafter, streams, given))
+            print(" | ".join(rows[-1].cells()), flush=True)
+    return rows
+
+
+def beside(name: str, path: str, drafter: str, streams: int, given: argparse.Namespace) -> Row:
+    """One drafter and plain decoding of the same model, turn by turn. RuntimeError when their tokens differ."""
+    options = {"max_rows": streams, "max_len": 512, "dtype": given.dtype, "weights": given.weights}
+    plain, drafting = load(path, draft="off", **options), load(path, draft=drafter, **options)
+    prompts = heldout(jobs(given)[0], streams)
+    sampling = Sampling(max_tokens=given.tokens, temperature=0.0, ignore_eos=True)
+    told = [[result.tokens for result in engine.generate(prompts, sampling)] for engine in (plain, drafting)]
+    if told[0] != told[1] and given.dtype == "fp32":
+        raise RuntimeError(f"{name} at {streams} streams: its tokens are not those of plain decoding")
+    before, seconds = drafting.stats(), [[], []]
+    for _ in range(given.times):
+        for engine, times in zip((plain, drafting), seconds):
+            began = time.perf_counter()
+            engine.generate(prompts, sampling)
+            times.append(time.perf_counter() - began)
+    after = drafting.stats()
+    drafted, accepted = (after[key] - before[key] for key in ("drafted", "accepted"))
+    made = streams * given.tokens
+    ratio = statistics.median(a / b for a, b in zip(*seconds))
+    calls = given.times * made - accepted
+    speed = made / statistics.median(seconds[1])
+    return Row(name, streams, speed, ratio, given.times * made / calls, accepted / drafted if drafted else 0.0)
+
+
+def heldout(job: Job, count: int, length: int = 128) -> list[list[int]]:
+    """The beginnings of held-out rows of the decoder's corpus."""
+    index = index_of(prepare(job.data), "val", length)
+    batch = index.rows(0, min(count, index.samples_per_epoch))
+    rows = batch["ids_BT"].tolist()
+    return [rows[number % len(rows)] for number in range(count)]
+
+
+def markdown(rows: list[Row], given: argparse.Namespace) -> str:
+    """The table, and what it was made with."""
+    about = (
+        f"Greedy, {given.tokens} tokens after 128 of held-out code, {given.dtype}, {given.weights} weights, "
+        f"{given.threads} thread(s) of a {platform.machine()} CPU, torch {torch.__version__}; the median of "
+        f"{given.times} runs, each beside one of plain decoding.\n\n"
+        f"`python -m jobs.speculation --steps {given.steps} --tokens {given.tokens}`"
+    )
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    return "\n".join(["# Speculation on trained models", "", about, "", *lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m jobs.speculation", description=__doc__.partition("\n")[0])
+    parser.add_argument("--name", default="speculation", help="of the runs")
+    parser.add_argument("--pattern", default="gqa(heads=8,kv_heads=4)", help="mixers of the decoder")
+    for name, default in (("steps", 420), ("tokens", 200), ("times", 5), ("threads", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", default="fp32", help="of the served weights")
+    parser.add_argument("--weights", default="plain", help="how they are packed for serving")
+    parser.add_argument("--record", type=Path, help="write the table to this file as well")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    try:
+        if given.record and not given.record.parent.is_dir():
+            raise ValueError(f"--record {given.record}: there is no folder {given.record.parent}")
+        table = markdown(measure(given), given)
+    except ValueError as error:
+        cli.fail(error)
+    print(table)
+    if given.record:
+        given.record.write_text(table)
+
+
+if __name__ == "__main__":
+    main()

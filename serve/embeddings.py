@@ -1,0 +1,51 @@
+"""Answers of POST /v1/embeddings: the decoder's output at the last token of each input, of length 1."""
+
+import asyncio
+import base64
+import struct
+from contextlib import closing
+from typing import Any
+
+from serve import keys
+from serve.engine import Request
+from serve.errors import APIError, translate
+from serve.sampler import Sampling
+from serve.schema import Embedding
+from serve.served import Served
+from serve.worker import Busy, Failed
+
+_NOTHING = Sampling(max_tokens=1, temperature=0.0)
+
+
+async def embed(served: Served, body: Embedding) -> dict[str, Any]:
+    backend, texts, caller = served.backend, body.prompts(), keys.caller()
+    vectors: list[list[float]] = [[]] * len(texts)
+    options = {} if caller is None else {"priority": caller.key.priority, "key": caller.key.name}
+    try:
+        backend.check_room(len(texts))
+        encode = served.prompts.encode
+        prompts = await asyncio.to_thread(lambda: [encode(one) if isinstance(one, str) else one for one in texts])
+        requests = [Request(prompt, _NOTHING, embed=True, **options) for prompt in prompts]
+        with closing(backend.open(requests)) as call:
+            while batch := await call.read():
+                for index, event in batch:
+                    if event.error is not None:
+                        raise APIError(500, f"an embedding broke: {event.error}", code="embedding_failed")
+                    vectors[index] = event.embedding
+    except (ValueError, Busy, Failed) as error:
+        refusal = translate(error)
+        if refusal.param == "prompt":
+            refusal.param, refusal.message = "input", refusal.message.replace("prompt", "input", 1)
+        raise refusal from error
+    used = sum(map(len, prompts))
+    if caller is not None:
+        caller.charge(used)
+    data = [{"object": "embedding", "index": i, "embedding": _spelled(v, body)} for i, v in enumerate(vectors)]
+    usage = {"prompt_tokens": used, "total_tokens": used}
+    return {"object": "list", "data": data, "model": body.model, "usage": usage}
+
+
+def _spelled(vector: list[float], body: Embedding) -> list[float] | str:
+    if body.encoding_format == "float":
+        return vector
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

@@ -1,0 +1,99 @@
+"""The gateway: HTTP for all models, without their weights.
+
+It checks who comes in and what is asked, turns texts into tokens, chooses a replica, and holds each stream: that is
+what survives when a replica does not. Any number of gateways may run; they need not know of each other.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from serve.directory import Model, News, Place
+
+
+@serve.deployment(max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=600)
+@serve.ingress()
+class Gateway:
+    """models: that are there from the beginning. replicas: of theirs, which Ray Serve starts with this application."""
+
+    async def __init__(
+        self, models: Sequence[Model], keys: Any, directory: DeploymentHandle, replicas: Sequence[DeploymentHandle]
+    ) -> None:
+        from serve.served import Service
+
+        self.directory, self.first = directory, {model.name for model in models}
+        self.known: dict[str, Model] = {}
+        self.service = Service({}, keys)
+        for model in models:
+            await self._add(model)
+        self._watching = asyncio.create_task(self._watch())
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from serve import admin
+        from serve.api import create_app
+
+        app = create_app(self.service)
+        app.include_router(admin.routes(self.service, self.first, self.directory))
+        return app
+
+    async def _watch(self) -> None:
+        """Follows the directory."""
+        version = 0
+        while True:
+            try:
+                news: News = await self.directory.look.remote(version)
+            except Exception:  # it is being restarted, and what is connected stays so
+                await asyncio.sleep(0.5)
+                continue
+            version = news.version
+            for model in news.models.values():
+                if model.name not in self.first and not self._has(model):
+                    await self._add(model)
+            for name in self.known.keys() - news.models.keys() - self.first:
+                self._remove(name)
+            for place in news.places:
+                if self._has(place.model):
+                    asyncio.create_task(self._connect(place))
+
+    def _has(self, model: Model) -> bool:
+        """With the same weights: what one replica began, another one can finish."""
+        known = self.known.get(model.name)
+        return known is not None and known.source == model.source
+
+    async def _add(self, model: Model) -> None:
+        served = await asyncio.to_thread(_served, model, serve.get_replica_context().replica_id.unique_id)
+        if model.name in self.known:
+            self._remove(model.name)
+        self.known[model.name], self.service.models[model.name] = model, served
+
+    def _remove(self, name: str) -> None:
+        """No new requests; those that run may end."""
+        del self.known[name]
+        self.service.models.pop(name).backend.retire()
+
+    async def _connect(self, place: Place) -> None:
+        from serve.remote import Address
+
+        backend = self.service.models[place.model.name].backend
+        with contextlib.suppress(OSError, TimeoutError):  # gone again; if not, the directory says so once more
+            await backend.connect(Address(place.replica, place.host, place.port, place.secret))
+
+
+def _served(model: Model, gateway: str) -> Any:
+    """What the routes need of a model, from its folder."""
+    from tokenizers import Tokenizer
+
+    from cluster import folder
+    from serve.prompts import Prompts
+    from serve.remote import Remote
+    from serve.served import Served
+    from serve.template import Template
+
+    stored = folder.load(model.source)
+    tokenizer = Tokenizer.from_str(stored.text("tokenizer.json")) if "tokenizer.json" in stored else None
+    prompts = Prompts(tokenizer, model.vocab, model.max_len)
+    return Served(model.name, Remote(prompts), prompts, Template.load(model.source, tokenizer), gateway)

@@ -1,0 +1,31 @@
+"""The largest of many numbers per row, found by way of blocks: torch's own argmax and topk take many times one pass."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 64
+
+
+def _blocks(x_NC: Tensor) -> Tensor:
+    """(N, blocks, BLOCK); beyond the end there is nothing large."""
+    rest = -x_NC.shape[1] % BLOCK
+    return (F.pad(x_NC, (0, rest), value=float("-inf")) if rest else x_NC).unflatten(1, (-1, BLOCK))
+
+
+def argmax(x_NC: Tensor) -> Tensor:
+    """(N,): the place of each row's largest number, the first of equals."""
+    x_NKS = _blocks(x_NC)
+    block_N11 = x_NKS.amax(-1).argmax(-1)[:, None, None]
+    inside_NS = x_NKS.gather(1, block_N11.expand(-1, 1, BLOCK))[:, 0]
+    return block_N11[:, 0, 0] * BLOCK + inside_NS.argmax(-1)
+
+
+def largest(x_NC: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest numbers (N, k) of each row, in falling order, and their places. They lie in k blocks at most."""
+    if 2 * k * BLOCK > x_NC.shape[1]:
+        return x_NC.topk(k, -1)
+    x_NKS = _blocks(x_NC)
+    block_NK1 = x_NKS.amax(-1).topk(k, -1).indices[..., None]
+    among_NM = x_NKS.gather(1, block_NK1.expand(-1, -1, BLOCK)).flatten(1)
+    values_NK, place_NK = among_NM.topk(k, -1)
+    return values_NK, block_NK1[..., 0].gather(1, place_NK // BLOCK) * BLOCK + place_NK % BLOCK

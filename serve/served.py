@@ -1,0 +1,71 @@
+"""What the endpoint offers: several models behind one address, each by its name."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from serve.grammar import Grammars
+from serve.keys import Key
+from serve.limits import Limits
+from serve.logprobs import Speller
+from serve.metrics import Metrics
+from serve.predict import Predicts
+from serve.prompts import Prompts
+from serve.template import Template
+from serve.worker import Backend, Worker
+
+_LIMITS = Limits()
+
+
+@dataclass(frozen=True)
+class Served:
+    """One model behind the endpoint.
+
+    name: as requests give it. backend: answers requests, here (`serve.worker.Worker`) or elsewhere. prompts: checks and
+    encodes what comes in, without the model's weights. template: of chats, None when it has none. replica: of this
+    gateway, told with the metrics.
+    """
+
+    name: str
+    backend: Backend
+    prompts: Prompts
+    template: Template | None = None
+    replica: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @classmethod
+    def local(cls, worker: Worker, name: str, template: Template | None = None, replica: str = "") -> "Served":
+        """Over an engine in a thread of this process."""
+        return cls(name, worker, worker.engine.prompts, template, replica)
+
+    @cached_property
+    def speller(self) -> Speller:
+        return Speller(self.prompts.tokenizer)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """To tell at once whether a grammar can be followed; the engine has its own."""
+        return Grammars(self.prompts.tokenizer, self.prompts.vocab)
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        return Metrics(self.backend, self.name, self.replica)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes need. models: by name; what is in it when a request comes counts, so it may change at any time.
+
+    keys: API keys; none of them means that only this machine is served. limits: on what one client may ask for.
+    predictors: by name, what answers whole inputs under /predict.
+    """
+
+    models: Mapping[str, Served]
+    keys: Sequence[str | Key] = ()
+    limits: Limits = _LIMITS
+    predictors: Mapping[str, Predicts] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, *models: Served, keys: Sequence[str | Key] = (), limits: Limits = _LIMITS) -> "Service":
+        return cls({served.name: served for served in models}, keys, limits)

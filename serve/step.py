@@ -1,0 +1,121 @@
+"""One call of the model: known tokens and drafts of some rows in, logits where they are wanted out, and state kept.
+
+A call with drafts leaves its rows open: `Call.commit` says which guesses were right, and the state becomes what it
+would be after those tokens alone.
+"""
+
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.decoder import Decoder
+from models.span import Span
+from models.state import State, select
+from serve.memory import StateMemory
+from serve.scheduler import Sequence
+from serve.speculative import Draft
+
+
+@dataclass(slots=True)
+class Part:
+    """What a call computes of one sequence: its next `tokens` known tokens and, when they are the last, a draft."""
+
+    sequence: Sequence
+    tokens: int
+    draft: Draft | None = None
+
+    @property
+    def columns(self) -> int:
+        return self.tokens + (len(self.draft.tokens) if self.draft else 0)
+
+    def parents(self, width: int) -> list[int]:
+        """The column before each one in its line, padded to `width` columns."""
+        guesses = self.draft.parents if self.draft else ()
+        found = [*range(-1, self.tokens - 1), *(self.tokens + max(parent, -1) for parent in guesses)]
+        return found + [-1] * (width - len(found))
+
+    def path(self, accepted: Items[int]) -> list[int]:
+        """Columns that stay when so many of the draft are accepted: those of known tokens, then the draft's."""
+        return [*range(self.tokens), *(self.tokens + index for index in accepted)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether no known token is missing after the call, so that the next can be drawn."""
+        return self.tokens == self.sequence.missing
+
+    @property
+    def wanted(self) -> int:
+        """Columns, the last ones, whose logits are needed."""
+        return 1 + self.columns - self.tokens if self.complete else 0
+
+
+class Call:
+    """What came out. parts: in the order of the logits; logits_NC: of each part's wanted columns, None when none is."""
+
+    def __init__(self, parts: Items[Part], x_BTD: Tensor, logits_NC: Tensor | None, state: State, memory: StateMemory):
+        self.parts, self.x_BTD, self.logits_NC = parts, x_BTD, logits_NC
+        self._state, self._memory = state, memory
+        self._rows = tuple(part.sequence.row for part in parts)
+        self._drafting = any(part.draft for part in parts)
+        self._branches = _branches(parts)
+        if not self._drafting:
+            memory.put(self._rows, state)
+
+    def commit(self, paths: Items[Items[int]]) -> None:
+        """paths: for each part the indices in its draft of the accepted tokens, from the root on."""
+        if self._drafting:
+            columns, path_BK = [part.path(path) for part, path in zip(self.parts, paths)], None
+            kept_B = torch.tensor([len(path) for path in columns], device=self.x_BTD.device)
+            if self._branches:
+                longest = max(map(len, columns))
+                filled = [path + [0] * (longest - len(path)) for path in columns]
+                path_BK = torch.tensor(filled, device=self.x_BTD.device)
+            self._memory.put(self._rows, select(self._state, kept_B, path_BK))
+
+    def outputs(self, index: int, path: Items[int]) -> Tensor:
+        """The model's outputs (N, D) for the tokens of part `index` that are now computed for good."""
+        return self.x_BTD[index, self.parts[index].path(path)]
+
+
+def _branches(parts: Items[Part]) -> bool:
+    """Whether the drafts of a call make it one of trees."""
+    return any(part.draft is not None and part.draft.branches for part in parts)
+
+
+class Step:
+    """Runs calls of `model` on the rows of `memory`."""
+
+    def __init__(self, model: Decoder, memory: StateMemory) -> None:
+        self.model, self.memory, self.device = model, memory, model.embedding.weight.device
+
+    def __call__(self, parts: Items[Part]) -> Call:
+        rows = tuple(part.sequence.row for part in parts)
+        lengths = [part.columns for part in parts]
+        width, drafting = max(lengths), any(part.draft for part in parts)
+        ids = []
+        for part, length in zip(parts, lengths):
+            start = part.sequence.computed
+            guesses = part.draft.tokens if part.draft else ()
+            ids.append([*part.sequence.tokens[start : start + part.tokens], *guesses, *[0] * (width - length)])
+        ids_BT, segments_BT = torch.tensor(ids, device=self.device), None
+        if min(lengths) < width:
+            lengths_B1 = torch.tensor(lengths, device=self.device)[:, None]
+            segments_BT = -(torch.arange(width, device=self.device) >= lengths_B1).long()
+        keep, parents_BT = (width if drafting else 0), None
+        if _branches(parts):
+            keep, parents_BT = 0, torch.tensor([part.parents(width) for part in parts], device=self.device)
+        x_BTD, at, state = self.model.hidden(ids_BT, self.memory.take(rows), segments_BT, keep, parents_BT=parents_BT)
+        wanted = [(row, column) for row, part in enumerate(parts)
+                  for column in range(lengths[row] - part.wanted, lengths[row])]  # fmt: skip
+        return Call(parts, x_BTD, self._logits(x_BTD, at, ids_BT, wanted), state, self.memory)
+
+    def _logits(self, x_BTD: Tensor, at: Span, ids_BT: Tensor, wanted: list[tuple[int, int]]) -> Tensor | None:
+        if not wanted:
+            return None
+        if x_BTD.shape[1] > 1 or len(wanted) < len(x_BTD):
+            row_N, column_N = torch.tensor(wanted, device=self.device).unbind(1)
+            at = Span(at.positions_BT[row_N, column_N][:, None], ids_BT[row_N, column_N][:, None])
+            x_BTD = x_BTD[row_N, column_N][:, None]
+        return self.model.head(x_BTD, at)[0][:, 0]

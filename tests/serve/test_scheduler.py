@@ -1,0 +1,168 @@
+"""Whose turn it is, who gives way, and how much of a step goes to prompts."""
+
+import pytest
+import torch
+
+import models
+import serve.engine
+from serve.engine import Engine, Request
+from serve.pace import SLACK, Pace
+from serve.sampler import Sampling
+from serve.scheduler import _PATIENCE
+
+
+@pytest.fixture(scope="module", params=["gqa", "gated_deltanet"])
+def model(request):
+    torch.manual_seed(0)
+    return models.build(request.param, vocab=64, dim=32)
+
+
+def greedy(tokens: int) -> Sampling:
+    return Sampling(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+
+
+def ended(engine, steps=1000) -> list[int]:
+    """Requests in the order they end."""
+    order = []
+    while engine.busy and steps:
+        order += [event.id for event in engine.step() if event.reason is not None]
+        steps -= 1
+    return order
+
+
+def test_better_priority_starts_first_and_takes_rows(model):
+    engine = Engine(model, max_rows=2, max_len=64)
+    low = [engine.submit(Request([n + 1] * 20, greedy(30), priority=1)) for n in range(4)]
+    alone = [result.tokens for result in Engine(model, max_rows=4, max_len=64).generate([[1] * 20] * 2, greedy(30))]
+    got = {low[0]: [], low[1]: []}
+    for _ in range(5):
+        for event in engine.step():
+            got[event.id].append(event.token)
+    high = [engine.submit(Request([9], greedy(3), priority=0)) for _ in range(3)]
+    order = []
+    while engine.busy:
+        for event in engine.step():
+            got.setdefault(event.id, []).append(event.token)
+            order += [event.id] if event.reason else []
+    assert order == [*high, *low] and engine.scheduler.preemptions == 2
+    assert got[low[0]] == alone[0]
+
+
+def test_equal_priority_never_takes_a_row(model):
+    engine = Engine(model, max_rows=1, max_len=64)
+    ids = [engine.submit(Request([1], greedy(5), priority=0)) for _ in range(3)]
+    assert ended(engine) == ids and engine.scheduler.preemptions == 0
+
+
+def test_keys_get_equal_shares(model):
+    """One key asks for ten completions at once, another for one after the other."""
+    engine = Engine(model, max_rows=1, max_len=64)
+    many = {engine.submit(Request([1] * 4, greedy(5), key="many")) for _ in range(10)}
+    engine.step()
+    few = [engine.submit(Request([1] * 4, greedy(5), key="few"))]
+    order = []
+    while engine.busy:
+        for event in engine.step():
+            if event.reason is None:
+                continue
+            order.append(event.id)
+            if event.id in few and len(few) < 5:
+                few.append(engine.submit(Request([1] * 4, greedy(5), key="few")))
+    whose = ["many" if id in many else "few" for id in order]
+    assert whose[:9] == ["many", "few"] * 4 + ["many"]
+
+
+def test_nobody_starves(model):
+    """Better priority and a less served key never stop coming; the first request still gets its row."""
+    engine = Engine(model, max_rows=1, max_len=64)
+    engine.submit(Request([1], greedy(1), priority=0, key="b"))
+    poor = engine.submit(Request([1], greedy(4), priority=9, key="a"))
+    order = []
+    while poor not in order:
+        engine.submit(Request([1], greedy(1), priority=0, key=f"b{len(order)}"))
+        order += [event.id for event in engine.step() if event.reason]
+        assert len(order) <= _PATIENCE + 2
+    assert len(order) > _PATIENCE // 2
+
+
+@pytest.mark.parametrize("preempt", ["recompute", "offload"])
+def test_preemption_changes_no_token(model, preempt):
+    """Of sampled streams, thrown out again and again; what is kept outside is not computed again."""
+    sampling = [Sampling(max_tokens=30, temperature=0.9, seed=n, ignore_eos=True) for n in range(4)]
+    prompts = [[n + 1] * 10 for n in range(4)]
+    plain = [result.tokens for result in Engine(model, max_rows=4, max_len=64).generate(prompts, sampling)]
+    engine = Engine(model, max_rows=2, max_len=64, preempt=preempt, prefix_cache=False)
+    ids = [engine.submit(Request(p, s, priority=9)) for p, s in zip(prompts, sampling)]
+    tokens, step = {id: [] for id in ids}, 0
+    while engine.busy:
+        if step % 5 == 3:
+            engine.submit(Request([5], greedy(1)))
+        for event in engine.step():
+            if event.id in tokens:
+                tokens[event.id].append(event.token)
+        step += 1
+    assert [*tokens.values()] == plain and engine.scheduler.preemptions > 5
+    served = engine.scheduler._served[""] - (step + 1) // 5
+    known = sum(len(p) + 30 - 1 for p in prompts)
+    assert served == known if preempt == "offload" else served > known + 100
+
+
+def test_deadlines_end_requests_wherever_they_are(model, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(serve.engine, "monotonic", lambda: now)
+    engine = Engine(model, max_rows=1, max_len=64)
+    runs = engine.submit(Request([1], greedy(50), deadline=5.0))
+    waits = engine.submit(Request([1], greedy(50), deadline=3.0))
+    free = engine.submit(Request([1], greedy(2)))
+    for _ in range(4):
+        assert [(event.id, event.reason) for event in engine.step()] == [(runs, None)]
+    now = 3.5
+    assert [(event.id, event.reason) for event in engine.step()] == [(waits, "deadline"), (runs, None)]
+    now = 5.0
+    assert [(event.id, event.reason) for event in engine.step()] == [(runs, "deadline"), (free, None)]
+    assert ended(engine) == [free] and engine.memory.free_rows == 1 and engine.scheduler.waiting == []
+
+
+def test_what_is_being_computed_is_waited_for(model):
+    """Many requests with one long prompt, all at once: it is computed once."""
+    engine = Engine(model, max_rows=8, max_len=256, chunk=32)
+    prompt = [(7 * n) % 61 for n in range(100)]
+    ids = [engine.submit(Request(prompt, greedy(4))) for _ in range(8)]
+    other = engine.submit(Request([5] * 100, greedy(4)))
+    cached, tokens = {}, {id: [] for id in [*ids, other]}
+    while engine.busy:
+        for event in engine.step():
+            cached.setdefault(event.id, event.cached)
+            tokens[event.id].append(event.token)
+    assert [cached[id] for id in ids] == [0] + [96] * 7 and cached[other] == 0
+    assert all(tokens[id] == tokens[ids[0]] for id in ids)
+    assert engine.stats()["prefix_hits"] == 7 * 96 and engine.stats()["prefix_queries"] == 9 * 100
+
+
+def test_isolated_keys_share_nothing(model):
+    prompt = [(7 * n) % 61 for n in range(40)]
+    for isolated in (False, True):
+        engine = Engine(model, max_rows=2, max_len=64, isolated=isolated)
+        cached = []
+        for key in ("a", "b", "a"):
+            engine.submit(Request(prompt, greedy(2), key=key))
+            cached.append(engine.step()[0].cached)
+            ended(engine)
+        assert cached == ([0, 0, 32] if isolated else [0, 32, 32])
+
+
+def test_a_step_with_prompts_takes_no_longer_than_streams_bear():
+    pace = Pace(chunk=256, least=16)
+    assert pace.room(0, 1) == pace.room(4, 32) == 256  # nothing is known yet
+    pace.computed(100, 0.1)  # 1 ms each
+    pace.generated(1, 0.004)
+    pace.generated(32, 0.035)
+    assert pace.room(0, 32) == 256
+    assert pace.room(32, 32) == int((SLACK - 1) * 35)
+    assert pace.room(1, 32) == int(SLACK * 35 - 4)  # of those that are wanted, few generate yet
+    assert pace.room(1, 1) == 16
+    for _ in range(100):
+        pace.computed(100, 0.001)
+    assert pace.room(32, 32) == 256
+    with pytest.raises(ValueError, match="^chunk=0: must be at least 1 token$"):
+        Pace(0, 16)
