@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test slow bench gpu check clean
+.PHONY: help demo test slow bench chaos gpu check clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -27,6 +27,9 @@ slow: .venv/ready  ## larger shapes and longer runs, and more draws of the sizes
 
 bench: .venv/ready  ## the kernels on this machine: correct, how fast, how far from the limits; OPS="attention rnn" picks
 	$(BIN)/python -m kernels.bench $(OPS)
+
+chaos: .venv/ready  ## a server under load, its replicas killed 200 times: no stream may break, no byte may differ
+	OMP_NUM_THREADS=1 $(BIN)/python -m serve.chaos $(if $(KILLS),--kills $(KILLS))
 
 gpu:  ## on a GPU, with what is installed: the kernels' tests, then the benchmark; FLA=FOLDER of flash-linear-attention
 	$(PYTHON) -m pytest tests/kernels

@@ -1,8 +1,9 @@
 """What speculation brings on trained models: `python -m jobs.speculation [--record FILE]`.
 
-Trains a decoder, a small one that drafts for it, and Medusa heads on the decoder, all on Python's standard library; then
-decodes held-out code at 1, 8 and 32 streams with each drafter. Each is timed right beside plain decoding, several times,
-and its tokens are compared with those of plain decoding first. Runs stay in EDIFICE_HOME: what was interrupted goes on.
+Trains a decoder, a small one that drafts for it, and Medusa heads on the decoder, all on Python's standard library;
+then decodes held-out code at 1, 8 and 32 streams with each drafter. Each is timed right beside plain decoding, several
+times, and its tokens are compared with those of plain decoding first. Runs stay in EDIFICE_HOME: what was interrupted
+goes on.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 from jobs import cli
 from jobs.config import Job
 from jobs.data import Data, index_of, prepare
+from jobs.finetune import with_head
 from jobs.optim import Optim
 from jobs.pretrain import pretrain, run_folder
 from models.decoder import Decoder
@@ -69,12 +71,20 @@ def jobs(given: argparse.Namespace) -> tuple[Job, Job]:
     )
 
 
+def medusa(given: argparse.Namespace, base: Job) -> Job:
+    """The run that trains Medusa heads on the decoder, which stays as it is."""
+    optim = replace(base.optim, lr=2e-3)
+    job = replace(base, name=f"{given.name}-medusa", optim=optim, steps=given.steps // 2)
+    return with_head(job, str(run_folder(base.name)), "medusa(heads=3)")
+
+
 def measure(given: argparse.Namespace) -> list[Row]:
     """Train what is not there yet, then time each drafter beside plain decoding."""
     base, small = jobs(given)
     for job in (base, small):
         pretrain(job)
     heads = medusa(given, base)
+    pretrain(heads)
     folders = {name: str(run_folder(job.name)) for name, job in (("base", base), ("draft", small), ("medusa", heads))}
     setups = (
         ("n-gram", folders["base"], "ngram"),

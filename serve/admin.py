@@ -5,6 +5,7 @@ no other model notices. Every gateway learns of it from the directory.
 """
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 from click import ClickException
@@ -13,7 +14,6 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.app import Options, located, replicas
-from serve.directory import Model
 from serve.errors import APIError
 from serve.served import Service
 
@@ -32,7 +32,7 @@ def routes(service: Service, first: set[str], directory: DeploymentHandle) -> AP
             raise APIError(400, str(error), "model") from None
         if model.name in service.models:
             raise APIError(409, f"there is a model {model.name!r} already; unload it first", "name")
-        model = Model(model.name, model.source, model.vocab, model.max_len, f"model {model.name}")
+        model = replace(model, application=f"model {model.name}")
         await directory.load.remote(model)
         try:
             application = replicas(model, options, directory)

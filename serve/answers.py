@@ -36,8 +36,8 @@ class Answer(ABC):
     prefix, kind, chunk_kind = "", "", ""
     opening: Sequence[dict[str, Any]] = ()  # choices of chunks that come before everything
 
-    def __init__(self, served: Served, body: Body) -> None:
-        self.served, self.body = served, body
+    def __init__(self, served: Served, body: Body, limits: Limits) -> None:
+        self.served, self.body, self.limits = served, body, limits
         self.caller = keys.caller()
 
     async def open(self) -> None:
@@ -67,7 +67,7 @@ class Answer(ABC):
         """Token ids of each prompt. Called in a thread."""
 
     @abstractmethod
-    def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
+    def own(self, prompt: Sequence[int]) -> dict[str, Any]:
         """max_tokens, logprobs and stop of a request's Sampling."""
 
     @abstractmethod
@@ -86,9 +86,10 @@ class Answer(ABC):
     def _requests(self) -> tuple[list[Request], list[list[int]]]:
         rule = self.rule()
         prompts = self.prompts()
-        options = {"priority": self.body.priority}
+        options = {"priority": self.body.priority, "deadline": self.limits.answer_seconds}
         if self.caller is not None:
-            options = {"priority": self.body.priority + self.caller.key.priority, "key": self.caller.key.name}
+            options["priority"] += self.caller.key.priority
+            options["key"] = self.caller.key.name
         n = range(self.body.n)
         return [Request(p, self._sampling(p, index, rule), **options) for p in prompts for index in n], prompts
 
@@ -136,7 +137,7 @@ class Answer(ABC):
             repetition_penalty=body.repetition_penalty,
             logit_bias=tuple((int(token), value) for token, value in body.logit_bias.items()),
             grammar=rule,
-            **self.limits(prompt),
+            **self.own(prompt),
         )
 
     async def batches(self, quiet_seconds: float | None = None) -> AsyncIterator[dict[int, list[Event]]]:
@@ -219,8 +220,8 @@ class Answer(ABC):
 class Reply(Response):
     """An answer on its way to its client. It is closed when that is over, however and whenever."""
 
-    def __init__(self, answer: Answer, limits: Limits, flow: Flow) -> None:
-        self.answer, self.limits, self.flow = answer, limits, flow
+    def __init__(self, answer: Answer, flow: Flow) -> None:
+        self.answer, self.limits, self.flow = answer, answer.limits, flow
         self.background = None
         self.raw_headers = []
 

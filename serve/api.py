@@ -82,7 +82,7 @@ def create_app(service: Service) -> FastAPI:
 
     async def respond(answer: Answer) -> Response:
         await answer.open()
-        return Reply(answer, service.limits, flow)
+        return Reply(answer, flow)
 
     @app.get("/health", responses=errors(503))
     @app.get("/ping", responses=errors(503))
@@ -125,11 +125,11 @@ def create_app(service: Service) -> FastAPI:
 
     @app.post("/v1/completions", response_model=CompletionReply, responses={**WORK, **STREAM})
     async def completions(body: Completion) -> Response:
-        return await respond(CompletionAnswer(_find(service, body.model), body))
+        return await respond(CompletionAnswer(_find(service, body.model), body, service.limits))
 
     @app.post("/v1/chat/completions", response_model=ChatReply, responses={**WORK, **STREAM})
     async def chat_completions(body: ChatCompletion) -> Response:
-        return await respond(ChatAnswer(_find(service, body.model), body))
+        return await respond(ChatAnswer(_find(service, body.model), body, service.limits))
 
     @app.post("/v1/embeddings", response_model=EmbeddingReply, responses=WORK)
     async def embeddings(body: Embedding) -> Response:

@@ -1,13 +1,24 @@
 """The Ray Serve application.
 
-    serve run serve.app:build model=RUN_OR_DIR[,RUN_OR_DIR...] [name=...] [replicas=1] [most_replicas=...] [gateways=1]
-                              [keys=FILE] [max_rows=32] [max_len=2048] [memory_bytes=...] [chunk=256] [waiting=256]
-                              [stall=10] [cpus=1] [gpus=0]
+    serve run serve.app:build model=RUN_OR_DIR[,RUN_OR_DIR...] [name=...] [predict=RUN_OR_DIR[,...]]
 
 RUN is the name of a run under EDIFICE_HOME/runs or its folder, DIR a model folder; a tokenizer_config.json or a
 chat_template.jinja in it says how chats become prompts and which further token ends a completion. Replicas keep to the
-checkpoint that is the newest when this command runs. `models=` takes a JSON list of tables instead, each with these
-options of its own.
+checkpoint that is the newest when this command runs. predict= names models that answer whole inputs, under
+/predict/NAME (`serve.predictions`). Further arguments of each model, with their defaults:
+
+    replicas=1 most_replicas=        processes, and how many there may be when there is more to do
+    cpus=1 gpus=0 stall=10           of each; seconds of a step after which it is wedged and replaced
+    max_rows=32 waiting=256          completions computed together, and waiting beside them
+    max_len=2048 memory_bytes=       tokens of prompt and completion; bytes of state, all that rows could need
+    chunk=256                        prompt tokens of a step
+    draft=off                        what guesses tokens: ngram, medusa, mtp, or a small model (`serve.drafters`)
+    prefix_cache=true isolated=false beginnings of prompts are computed once; not shared among API keys
+    preempt=recompute                or offload: what happens to a completion whose memory another one needs
+    dtype= weights=                  fp32 or bf16; int8 or int4 besides
+    engine=edifice                   or vllm, for what it knows (`serve.vllm`)
+
+`models=` takes a JSON list of tables with these instead, `gateways=1` says how many processes answer HTTP.
 
 A gateway (`serve.gateway`) answers HTTP, replicas (`serve.replica`) hold one engine each. most_replicas lets Ray Serve
 start more of them, up to so many, when there are more than max_rows requests for each. EDIFICE_API_KEYS, comma
@@ -16,7 +27,7 @@ separated, is read where this command runs; keys= names a file of keys with limi
 
 import json
 import os
-from typing import Any
+from typing import Any, Literal
 
 from click import ClickException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,9 +38,11 @@ from ray.serve.handle import DeploymentHandle
 from cluster import folder, storage
 from serve.directory import Directory, Model
 from serve.gateway import Gateway
+from serve.predictors import PredictReplica
 from serve.replica import Replica
 
-ENGINE = ("max_rows", "max_len", "memory_bytes", "chunk")  # what `serve.engine.load` takes
+ENGINE = ("engine", "max_rows", "max_len", "memory_bytes", "chunk")  # what every engine takes
+OURS = ("dtype", "weights", "draft", "prefix_cache", "isolated", "preempt")  # and `serve.engine.load` besides
 
 
 class Options(BaseModel):
@@ -41,14 +54,21 @@ class Options(BaseModel):
     name: str = ""
     replicas: int = Field(1, ge=1)
     most_replicas: int | None = Field(None, ge=1)
+    dtype: Literal["", "fp32", "bf16"] = ""
+    weights: Literal["", "fp32", "bf16", "int8", "int4"] = ""
     max_rows: int = Field(32, ge=1)
     max_len: int = Field(2048, ge=1)
     memory_bytes: int | None = Field(None, ge=1)
     chunk: int = Field(256, ge=1)
+    draft: str = "off"
+    prefix_cache: bool = True
+    isolated: bool = False
+    preempt: Literal["recompute", "offload"] = "recompute"
     waiting: int = Field(256, ge=0)
     stall: float = Field(10, gt=0)
     cpus: float = Field(1, ge=0)
     gpus: float = Field(0, ge=0)
+    engine: Literal["edifice", "vllm"] = "edifice"
 
 
 class Arguments(Options):
@@ -58,6 +78,7 @@ class Arguments(Options):
     models: list[Options] = []
     gateways: int = Field(1, ge=1)
     keys: str = ""
+    predict: str = ""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -66,19 +87,23 @@ def build(args: dict[str, Any]) -> Application:
 
     arguments = _validated(Arguments, args)
     models = [located(options) for options in _models(arguments, args)]
-    names = [model.name for model, _ in models]
+    predicting = [(storage.split(each)[1], find(each)) for each in map(str.strip, arguments.predict.split(",")) if each]
+    names = [name for name, _ in predicting] + [model.name for model, _ in models]
     if len(set(names)) < len(names):
         raise ClickException(f"models: {', '.join(names)}: each must have its own name; give them one with name=")
     try:
-        known = keys.plain(os.environ.get("EDIFICE_API_KEYS", "")) + (
-            keys.read(arguments.keys) if arguments.keys else []
-        )
+        known = keys.plain(os.environ.get("EDIFICE_API_KEYS", ""))
+        known += keys.read(arguments.keys) if arguments.keys else []
     except ValueError as error:
         raise ClickException(f"keys={error}") from None
     directory = Directory.bind()
     gateway = Gateway.options(num_replicas=arguments.gateways)
     return gateway.bind(
-        [model for model, _ in models], known, directory, [replicas(*each, directory) for each in models]
+        [model for model, _ in models],
+        known,
+        directory,
+        [replicas(*each, directory) for each in models],
+        {name: predictors(name, source, arguments) for name, source in predicting},
     )
 
 
@@ -101,8 +126,21 @@ def replicas(model: Model, options: Options, directory: Application | Deployment
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
         **scaling,
     )
-    engine = {name: getattr(options, name) for name in ENGINE}
+    names = (*ENGINE, *OURS) if options.engine == "edifice" else ENGINE
+    engine = {name: getattr(options, name) for name in names}
     return deployment.bind(model, directory, options.waiting, options.stall, engine)
+
+
+def predictors(name: str, source: str, options: Options) -> Application:
+    """Those of a model that predicts."""
+    deployment = PredictReplica.options(
+        name=f"Predictor {name}",
+        num_replicas=options.replicas,
+        ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+    )
+    return deployment.bind(
+        source, {"max_rows": options.max_rows, "max_len": options.max_len, "waiting": options.waiting}
+    )
 
 
 def located(options: Options) -> tuple[Model, Options]:
@@ -110,7 +148,7 @@ def located(options: Options) -> tuple[Model, Options]:
     source = find(options.model)
     config = folder.load(source).json("config.json")["config"]
     name = options.name or storage.split(options.model)[1]
-    return Model(name, source, config["vocab"], options.max_len), options
+    return Model(name, source, config["vocab"], options.max_len, options.engine), options
 
 
 def find(model: str) -> str:
@@ -134,6 +172,8 @@ def find(model: str) -> str:
 
 def _models(arguments: Arguments, args: dict[str, Any]) -> list[Options]:
     """One for each model."""
+    if arguments.predict and not (arguments.model or arguments.models):
+        return []
     if bool(arguments.model) == bool(arguments.models):
         raise ClickException("model: name one, or several with commas; or give models=, a JSON list of tables")
     if arguments.models:

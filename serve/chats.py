@@ -9,6 +9,7 @@ from serve import tools
 from serve.answers import Answer
 from serve.engine import Event
 from serve.errors import APIError, translate
+from serve.limits import Limits
 from serve.logprobs import of_chat
 from serve.schema import ChatCompletion, Tool, Turn, plain
 from serve.served import Served
@@ -19,8 +20,8 @@ class ChatAnswer(Answer):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
     body: ChatCompletion
 
-    def __init__(self, served: Served, body: ChatCompletion) -> None:
-        super().__init__(served, body)
+    def __init__(self, served: Served, body: ChatCompletion, limits: Limits) -> None:
+        super().__init__(served, body, limits)
         self.called: dict[int, Calls] = {}  # of each completion that has begun; what finds calls in its text
 
     def count(self) -> int:
@@ -41,7 +42,7 @@ class ChatAnswer(Answer):
         named = self.body.tool_choice != "required"
         return self.checked("tools", tools.rule, enforced, self.body.parallel_tool_calls and not named)
 
-    def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
+    def own(self, prompt: Sequence[int]) -> dict[str, Any]:
         room = self.served.prompts.longest - len(prompt)
         if room < 1:
             raise ValueError(

@@ -23,7 +23,7 @@ class CompletionAnswer(Answer):
             raise ValueError("echo: the model has no tokenizer, so there is no text to repeat")
         return [prompts.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.body.prompts()]
 
-    def limits(self, prompt: Sequence[int]) -> dict[str, Any]:
+    def own(self, prompt: Sequence[int]) -> dict[str, Any]:
         body = self.body
         return {"max_tokens": body.max_tokens, "logprobs": body.logprobs, "stop": tuple(body.stop)}
 

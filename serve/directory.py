@@ -19,13 +19,14 @@ LOOK_SECONDS = 3.0  # a look waits so long for news
 class Model:
     """What a gateway must know of a model before any of its replicas is there. source: folder or URI of the checkpoint.
 
-    application: of Ray Serve, that runs its replicas, when it was loaded while the server ran.
+    engine: edifice or vllm. application: of Ray Serve, that runs its replicas, when it was loaded while the server ran.
     """
 
     name: str
     source: str
     vocab: int
     max_len: int
+    engine: str = "edifice"
     application: str = ""
 
 

@@ -133,7 +133,7 @@ class Engine:
         spec = model.state_spec(max_len)
         self.memory = StateMemory(spec, max_rows, max_len, memory_bytes, page, self.device, sharing=prefix_cache)
         self.cache = PrefixCache(self.memory) if prefix_cache else None
-        self.pace = Pace(chunk, self.memory.page)
+        self.pace = Pace(chunk)
         self.call = Step(self.model, self.memory)
         self.speculation = None if drafter is None else Speculation(drafter)
         self.scheduler = Scheduler(
@@ -225,7 +225,7 @@ class Engine:
         events, self._pending = self._pending, []
         work = self.scheduler.plan()
         self._steps += bool(work)
-        drafts = self._drafts(work)
+        begun, drafts = perf_counter(), self._drafts(work)
         while work:
             for group in _groups([Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]):
                 begin = perf_counter()
@@ -233,6 +233,7 @@ class Engine:
                 events += self._finish(call)
                 self._timed(group, perf_counter() - begin)
             work, drafts = self.scheduler.rest(), {}
+        self.pace.stepped(perf_counter() - begun)
         return events
 
     def _timed(self, group: list[Part], seconds: float) -> None:
@@ -420,13 +421,25 @@ def _groups(parts: list[Part]) -> list[list[Part]]:
     return [group for group in groups if group]
 
 
-def load(path: str, **options: object) -> Engine:
+def load(
+    path: str,
+    *,
+    dtype: str = "",
+    weights: str = "",
+    draft: str = "off",
+    max_rows: int = 32,
+    max_len: int = 2048,
+    **options: object,
+) -> Engine:
     """The engine of a run (its newest checkpoint) or a model folder. One line of ValueError when it is not one.
 
-    The `eos_token` of a tokenizer_config.json in it is an end token too.
+    dtype: what is computed in, fp32 or bf16; "" for what is stored. weights: how linear weights are held, fp32, bf16,
+    int8 or int4 as of `models.quant.pack`; "" packs bf16 on a CPU, where it is faster and never worse, and nothing else.
+    The `eos_token` of a tokenizer_config.json in it is an end token too. draft: as of `serve.drafters.make`.
     """
     from cluster import folder
-    from models import hub
+    from models import hub, quant
+    from serve import drafters
     from serve.template import CONFIG, spelling
 
     place = hub.locate(path)
@@ -435,4 +448,7 @@ def load(path: str, **options: object) -> Engine:
     end = spelling(stored.json(CONFIG).get("eos_token")) if CONFIG in stored else ""
     model = hub.load(place)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Engine(model.to(device), tokenizer, ends=[end] if end else [], **options)
+    model = quant.held(model.to(device), dtype, weights)
+    drafter = drafters.make(draft, model, max_rows, max_len)
+    ends = [end] if end else []
+    return Engine(model, tokenizer, max_rows=max_rows, max_len=max_len, ends=ends, drafter=drafter, **options)

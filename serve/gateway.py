@@ -6,7 +6,7 @@ what survives when a replica does not. Any number of gateways may run; they need
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ray import serve
@@ -18,16 +18,26 @@ from serve.directory import Model, News, Place
 @serve.deployment(max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=600)
 @serve.ingress()
 class Gateway:
-    """models: that are there from the beginning. replicas: of theirs, which Ray Serve starts with this application."""
+    """models: that are there from the beginning. replicas: of theirs, which Ray Serve starts with this application.
+
+    predictors: by name, the replicas of models that predict (`serve.predictors`).
+    """
 
     async def __init__(
-        self, models: Sequence[Model], keys: Any, directory: DeploymentHandle, replicas: Sequence[DeploymentHandle]
+        self,
+        models: Sequence[Model],
+        keys: Any,
+        directory: DeploymentHandle,
+        replicas: Sequence[DeploymentHandle],
+        predictors: Mapping[str, DeploymentHandle],
     ) -> None:
+        from serve.predictors import RemotePredictor
         from serve.served import Service
 
         self.directory, self.first = directory, {model.name for model in models}
         self.known: dict[str, Model] = {}
-        self.service = Service({}, keys)
+        found = {name: await RemotePredictor.connect(handle) for name, handle in predictors.items()}
+        self.service = Service({}, keys, predictors=found)
         for model in models:
             await self._add(model)
         self._watching = asyncio.create_task(self._watch())
@@ -92,8 +102,9 @@ def _served(model: Model, gateway: str) -> Any:
     from serve.remote import Remote
     from serve.served import Served
     from serve.template import Template
+    from serve.vllm import Refusing
 
     stored = folder.load(model.source)
     tokenizer = Tokenizer.from_str(stored.text("tokenizer.json")) if "tokenizer.json" in stored else None
-    prompts = Prompts(tokenizer, model.vocab, model.max_len)
+    prompts = (Refusing if model.engine == "vllm" else Prompts)(tokenizer, model.vocab, model.max_len)
     return Served(model.name, Remote(prompts), prompts, Template.load(model.source, tokenizer), gateway)

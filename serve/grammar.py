@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-MOST_BYTES = 256 * 2**10  # of a grammar's text
+MOST_BYTES = 64 * 2**10  # of a grammar's text
 _END = "<|end of the grammar|>"
 _KEPT = 64  # compiled grammars; a copy of one is made in microseconds
 # Written as json.dumps does. Free white space would let a model that likes it never come to the point.
@@ -67,16 +68,18 @@ _BITS = torch.arange(8, dtype=torch.uint8)
 
 
 class Grammars:
-    """Of one vocabulary. classes: of the model, which may be more than the tokenizer's. ends: end tokens."""
+    """Of one vocabulary, for any thread. classes: of the model, which may be more than the tokenizer's. ends: end tokens."""
 
     def __init__(self, tokenizer: Tokenizer | None, classes: int, ends: Iterable[int] = ()) -> None:
         self._tokenizer, self._classes, self._ends = tokenizer, classes, sorted(ends)
+        self._lock = Lock()
         self._vocabulary = lru_cache(1)(self._load)
         self._compiled = lru_cache(_KEPT)(self._compile)
 
     def matcher(self, grammar: str) -> Matcher:
         """At the beginning of `grammar`. GrammarError for one that cannot be followed."""
-        return Matcher(self._compiled(grammar).deep_copy())
+        with self._lock:
+            return Matcher(self._compiled(grammar).deep_copy())
 
     def _load(self) -> Any:
         """The library's view of the vocabulary; it wants an end token also where the model has none."""
@@ -97,8 +100,7 @@ class Grammars:
     def _compile(self, grammar: str) -> Any:
         from llguidance import LLMatcher, LLParserLimits
 
-        if len(grammar) > MOST_BYTES:
-            raise GrammarError(f"the grammar has {len(grammar)} bytes, at most {MOST_BYTES} are allowed")
+        _check_size(grammar)
         limits = LLParserLimits(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000)
         state = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=limits)
         if not state.is_error():
@@ -113,9 +115,17 @@ def of_schema(schema: Mapping[str, Any]) -> str:
     from llguidance import LLMatcher
 
     try:
+        _check_size(json.dumps(schema))
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_WRITING)
+    except GrammarError:
+        raise
     except (ValueError, RecursionError) as error:
         raise GrammarError(f"the schema cannot be read: {_line(error)}") from None
+
+
+def _check_size(text: str) -> None:
+    if len(text) > MOST_BYTES:
+        raise GrammarError(f"it has {len(text)} bytes, at most {MOST_BYTES} are allowed")
 
 
 def of_regex(regex: str) -> str:

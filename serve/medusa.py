@@ -64,7 +64,7 @@ class MedusaHeads:
             self._grow()
         nodes, parents = self._nodes[: self.size(width)], self._parents[: self.size(width)]
         x_RD = torch.stack([self._outputs[sequences[index].id] for index in ready])
-        logits_RHC = self.head.guesses(x_RD)
+        logits_RHC = self.head.guesses(x_RD, 1 + max(head for head, _ in nodes))
         for index, guesses in zip(ready, logits_RHC.topk(min(_RANKS, logits_RHC.shape[-1])).indices.tolist()):
             sequence = sequences[index]
             self._made[sequence.id] = len(sequence.tokens), guesses

@@ -132,6 +132,11 @@ class StateMemory:
         return rows, rows + kept, pages if sharing else min(pages, rows * self._longest_row)
 
     @property
+    def widest(self) -> int:
+        """Pages of the longest row."""
+        return max(1, self._longest_row)
+
+    @property
     def bytes(self) -> int:
         """Bytes held by the pools."""
         pools = (*self._slots.values(), *self._rings.values(), *self._pools.values())
@@ -300,7 +305,7 @@ class StateMemory:
             self._flush(set(rows))
             state = {name: pool[at_N] for name, pool in self._slots.items()}
         if self._pools:
-            width = max(1, max(len(self._owned[row]) for row in rows))
+            width = max(2, max(len(self._owned[row]) for row in rows))  # one more where it is one: a ring has one
             table_BN = self._table[index_N, :width].to(self.device)
             state |= {name: Pages(pool, table_BN) for name, pool in self._pools.items()}
         return state | {name: Pages(pool, at_N[:, None] + 1) for name, pool in self._rings.items()}

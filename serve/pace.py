@@ -1,39 +1,82 @@
 """How many prompt tokens a step may compute beside those that generate, so that a stream never stutters.
 
-    tokens(step) = max(page, (SLACK t(live) - t(decoding)) / c)
+    tokens = max n with  t(decoding) + a + b n <= SLACK max(t(live), usual)
 
-t is the measured time of a call that generates one token for each of so many rows, c that of one prompt token. A step
-with prompt tokens in it then lasts at most SLACK times a step of all rows that are there or wait: the slowest gaps
-between two tokens of a stream stay below twice the usual one. With nothing generating, a step takes all it may.
+t is the measured time of a call that generates one token for each of so many rows; a + b n, a line through what was
+measured lately, that of a call for n prompt tokens; usual the median time of steps. A step with prompt tokens in it then
+lasts at most SLACK times a step of all rows that are there or wait, so that the slowest gaps of a stream stay below twice
+the usual one. Where prompts never stop coming, steps with prompts become the usual ones, and grow until they keep up.
+With nothing generating a step takes all it may; and never so little that it does little else than read weights.
 """
 
 from serve.width import Times
 
 SLACK = 1.8
-_FORGET = 0.2  # weight of a new measurement
+MOST = 3.0  # times a step of all rows that the usual one may last
+LEAST = 64  # tokens
+_FORGET = 0.1  # weight of a new measurement
+_MEDIAN = 0.005  # part by which the median moves at each step
+_SLOW = 4.0  # a call that takes so many times as long as expected was disturbed, and counts as no more
+
+
+class Line:
+    """Seconds by tokens, a + b n, through the latest measurements."""
+
+    def __init__(self) -> None:
+        self._n = self._t = self._nn = self._nt = 0.0  # means, of n, t and their products
+
+    def add(self, n: int, seconds: float) -> None:
+        if not self._n:
+            self._n, self._t, self._nn, self._nt = n, seconds, n * n, n * seconds
+            return
+        a, b = self.coefficients()
+        seconds = min(seconds, _SLOW * (a + b * n))
+        self._n += _FORGET * (n - self._n)
+        self._t += _FORGET * (seconds - self._t)
+        self._nn += _FORGET * (n * n - self._nn)
+        self._nt += _FORGET * (n * seconds - self._nt)
+
+    def coefficients(self) -> tuple[float, float]:
+        """a >= 0, b > 0. Through the origin as long as all sizes were alike."""
+        variance, slope = self._nn - self._n**2, self._t / self._n
+        if variance > 1:
+            slope = min(slope, max((self._nt - self._n * self._t) / variance, 0.1 * slope))
+        return self._t - slope * self._n, slope
+
+    def __bool__(self) -> bool:
+        return bool(self._n)
 
 
 class Pace:
-    """chunk: prompt tokens of a step at most. least: of any step."""
+    """chunk: prompt tokens of a step at most."""
 
-    def __init__(self, chunk: int, least: int) -> None:
+    def __init__(self, chunk: int) -> None:
         if chunk < 1:
             raise ValueError(f"chunk={chunk}: must be at least 1 token")
-        self.chunk, self.least = chunk, min(least, chunk)
-        self._calls, self._token = Times(), 0.0
+        self.chunk = chunk
+        self._generating, self._computing = Times(), Line()
+        self._usual = self._share = 0.0
 
     def generated(self, rows: int, seconds: float) -> None:
         """A call that gave one token to each of `rows` rows took so long."""
-        self._calls.add(rows, seconds)
+        self._generating.add(rows, seconds)
 
     def computed(self, tokens: int, seconds: float) -> None:
         """A call for `tokens` prompt tokens took so long."""
-        cost = seconds / tokens
-        self._token = self._token + _FORGET * (cost - self._token) if self._token else cost
+        self._computing.add(tokens, seconds)
+
+    def stepped(self, seconds: float) -> None:
+        """The step that `room` was asked for took so long. For as many tokens the median moves up as down."""
+        if self._share:
+            self._usual *= 1 + _MEDIAN * self._share * (1 if seconds > self._usual else -1)
 
     def room(self, decoding: int, live: int) -> int:
         """Prompt tokens of the next step, in which `decoding` rows of `live` that are wanted generate."""
-        if not decoding or not self._token or not len(self._calls):
+        self._share = decoding / live
+        if not decoding or not self._computing or not len(self._generating):
             return self.chunk
-        seconds = SLACK * self._calls(live) - self._calls(decoding)
-        return min(self.chunk, max(self.least, int(seconds / self._token)))
+        a, b = self._computing.coefficients()
+        plain = self._generating(live)
+        self._usual = min(max(self._usual, plain), MOST * plain)
+        tokens = int((SLACK * self._usual - self._generating(decoding) - a) / b)
+        return min(self.chunk, max(LEAST, tokens))

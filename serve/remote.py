@@ -24,7 +24,7 @@ from serve.worker import Busy, Failed, Inbox
 SILENT_SECONDS = 8.0  # a replica speaks every second
 PATIENCE_SECONDS = 120.0  # for a replica to be there again
 LEVELS = ("running", "waiting", "rows", "pages_used", "pages_total")  # numbers that are now; all others only grow
-DEATHS = 5  # of replicas in a row without a token in between, after which a request itself is suspected
+DEATHS = 10  # of replicas in a row without a token in between, after which a request itself is suspected
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from pydantic_core import CoreSchema
 
 from serve.sampler import MOST_LOGPROBS
 
-STOPS, BIASES, TOOLS = 16, 1024, 128
+PROMPTS, STOPS, BIASES, TOOLS = 2048, 16, 1024, 128  # at most
 SHAPES = {  # of fields with several types, whose own messages would name only one of them
-    "prompt": "must be a text, a list of texts, a list of token ids, or a list of such lists",
-    "input": "must be a text, a list of texts, a list of token ids, or a list of such lists",
+    "prompt": f"must be a text, a list of texts, a list of token ids, or a list of such lists, at most {PROMPTS}",
+    "input": f"must be a text, a list of texts, a list of token ids, or a list of such lists, at most {PROMPTS}",
     "stop": f"must be a text or a list of at most {STOPS} texts, none of them empty",
     "messages": "must be a list of at least one message, each with a role and a content",
     "role": "must be system, developer, user, assistant or tool",
@@ -28,9 +28,10 @@ SHAPES = {  # of fields with several types, whose own messages would name only o
 HALF = "must be Unicode text, and there is half a character (a lone surrogate) in it"
 FIRST = Field(fail_fast=True)  # of a list: one complaint is told, so the first is enough; a million take seconds
 SOME = Field(fail_fast=True, min_length=1)
+FEW = Field(fail_fast=True, min_length=1, max_length=PROMPTS)
 Id = Annotated[int, Field(ge=0)]
 Ids = Annotated[list[Id], SOME]
-Texts = str | Ids | Annotated[list[str], SOME] | Annotated[list[Ids], SOME]
+Texts = str | Ids | Annotated[list[str], FEW] | Annotated[list[Ids], FEW]
 Whole = Annotated[
     int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value % 1 == 0 else value)
 ]
@@ -51,6 +52,12 @@ class Strict(BaseModel):
         if not isinstance(body, dict):
             return body
         body = {key: value for key, value in body.items() if value is not None}
+        known = {field.alias or name for name, field in cls.model_fields.items()} | cls.neutral.keys()
+        unknown = next((key for key in body if key not in known), None)
+        if unknown is not None:  # one is told; a hundred thousand would take seconds
+            return {unknown: body[unknown], **{key: value for key, value in body.items() if key in known}}
+        if len(body.get("logit_bias", ())) > BIASES:
+            raise ValueError(f"logit_bias: at most {BIASES} tokens are allowed")
         for key, values in cls.neutral.items():
             if key in body and body.pop(key) not in values:
                 raise ValueError(f"{key}: not supported by this server; leave it out")

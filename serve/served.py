@@ -33,20 +33,20 @@ class Served:
     template: Template | None = None
     replica: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
+    grammars: Grammars | None = None  # that compile here; in this process the engine's, so that nothing is compiled twice
+
+    def __post_init__(self) -> None:
+        if self.grammars is None:
+            object.__setattr__(self, "grammars", Grammars(self.prompts.tokenizer, self.prompts.vocab))
 
     @classmethod
     def local(cls, worker: Worker, name: str, template: Template | None = None, replica: str = "") -> "Served":
         """Over an engine in a thread of this process."""
-        return cls(name, worker, worker.engine.prompts, template, replica)
+        return cls(name, worker, worker.engine.prompts, template, replica, grammars=worker.engine.grammars)
 
     @cached_property
     def speller(self) -> Speller:
         return Speller(self.prompts.tokenizer)
-
-    @cached_property
-    def grammars(self) -> Grammars:
-        """To tell at once whether a grammar can be followed; the engine has its own."""
-        return Grammars(self.prompts.tokenizer, self.prompts.vocab)
 
     @cached_property
     def metrics(self) -> Metrics:

@@ -14,6 +14,7 @@ from models.decoder import Decoder
 from models.span import Span
 from models.state import State, select
 from serve.memory import StateMemory
+from serve.replay import Replay
 from serve.scheduler import Sequence
 from serve.speculative import Draft
 
@@ -89,6 +90,7 @@ class Step:
 
     def __init__(self, model: Decoder, memory: StateMemory) -> None:
         self.model, self.memory, self.device = model, memory, model.embedding.weight.device
+        self.replay = Replay(model, memory.rows, memory.widest)
 
     def __call__(self, parts: Items[Part]) -> Call:
         rows = tuple(part.sequence.row for part in parts)
@@ -106,10 +108,24 @@ class Step:
         keep, parents_BT = (width if drafting else 0), None
         if _branches(parts):
             keep, parents_BT = 0, torch.tensor([part.parents(width) for part in parts], device=self.device)
-        x_BTD, at, state = self.model.hidden(ids_BT, self.memory.take(rows), segments_BT, keep, parents_BT=parents_BT)
+        state = self.memory.take(rows)
         wanted = [(row, column) for row, part in enumerate(parts)
                   for column in range(lengths[row] - part.wanted, lengths[row])]  # fmt: skip
+        played = self.replay(ids_BT, state, segments_BT, keep, parents_BT)
+        if played is not None:
+            x_BTD, _, state, logits_BTC = played
+            return Call(parts, x_BTD, self._picked(logits_BTC, wanted), state, self.memory)
+        x_BTD, at, state = self.model.hidden(ids_BT, state, segments_BT, keep, parents_BT=parents_BT)
         return Call(parts, x_BTD, self._logits(x_BTD, at, ids_BT, wanted), state, self.memory)
+
+    def _picked(self, logits_BTC: Tensor, wanted: list[tuple[int, int]]) -> Tensor | None:
+        """Logits at the wanted places, (N, C), in their order."""
+        if not wanted:
+            return None
+        if len(wanted) == logits_BTC.shape[0] * logits_BTC.shape[1]:
+            return logits_BTC.flatten(0, 1)
+        row_N, column_N = torch.tensor(wanted, device=self.device).unbind(1)
+        return logits_BTC[row_N, column_N]
 
     def _logits(self, x_BTD: Tensor, at: Span, ids_BT: Tensor, wanted: list[tuple[int, int]]) -> Tensor | None:
         if not wanted:

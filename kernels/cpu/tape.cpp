@@ -11,7 +11,7 @@
 namespace {
 
 struct Argument {
-  enum class Kind { VALUE, SLOT, SLOTS, MAYBE_SLOTS, SIZE, SIZES } kind;
+  enum class Kind { VALUE, SLOT, SLOTS, MAYBE_SLOTS, SIZE, SIZES, NUMBER } kind;
   c10::IValue value;
   std::vector<int64_t> slots;  // -1: none; of sizes, which grow with B and N: a, b, c, d of a + b B + c N + d B N each
 };
@@ -22,6 +22,13 @@ struct Node {
   std::vector<int64_t> results;  // -1: not wanted
   std::vector<int64_t> last;     // slots that nobody reads after it
 };
+
+// A Python number where an op wants a tensor: one that gives way to the types of the others.
+at::Tensor wrapped(const at::Scalar& given) {
+  at::Tensor found = at::scalar_tensor(given, at::TensorOptions().dtype(given.type()));
+  found.unsafeGetTensorImpl()->set_wrapped_number(true);
+  return found;
+}
 
 // Slots hold tensors: inputs first, then constants and what ops return.
 struct Tape : torch::CustomClassHolder {
@@ -51,11 +58,9 @@ struct Tape : torch::CustomClassHolder {
   void reals(const std::vector<double>& given) { value(given); }
   void flags(const c10::List<bool>& given) { value(given); }
 
-  // A Python number where the op wants a tensor: one that gives way to the types of the others.
-  void number(const at::Scalar& given) {
-    at::Tensor wrapped = at::scalar_tensor(given, at::TensorOptions().dtype(given.type()));
-    wrapped.unsafeGetTensorImpl()->set_wrapped_number(true);
-    value(wrapped);
+  void number(const at::Scalar& given) { value(wrapped(given)); }
+  void number_of_size(const std::vector<int64_t>& factors) {
+    arguments.push_back({Argument::Kind::NUMBER, {}, factors});
   }
 
   void call(const std::string& name, const std::string& overload, const std::vector<int64_t>& results,
@@ -83,6 +88,7 @@ struct Tape : torch::CustomClassHolder {
           case Argument::Kind::VALUE: stack.push_back(a.value); break;
           case Argument::Kind::SLOT: stack.push_back(slots[a.slots[0]]); break;
           case Argument::Kind::SIZE: stack.push_back(grown(a.slots.data())); break;
+          case Argument::Kind::NUMBER: stack.push_back(wrapped(grown(a.slots.data()))); break;
           case Argument::Kind::SIZES: {
             std::vector<int64_t> found;
             for (size_t i = 0; i < a.slots.size(); i += 4) found.push_back(grown(&a.slots[i]));
@@ -138,6 +144,7 @@ TORCH_LIBRARY_FRAGMENT(edifice_cpu, library) {
       .def("flag", &Tape::flag)
       .def("text", &Tape::text)
       .def("number", &Tape::number)
+      .def("number_of_size", &Tape::number_of_size)
       .def("device", &Tape::device)
       .def("wholes", &Tape::wholes)
       .def("reals", &Tape::reals)

@@ -255,7 +255,7 @@ def _put(tape: Any, kind: str, value: Any) -> None:
     if isinstance(value, _Slot):
         tape.slot(value)
     elif isinstance(value, _Size):
-        tape.size(list(value))
+        tape.number_of_size(list(value)) if kind in ("Tensor", "Optional[Tensor]") else tape.size(list(value))
     elif isinstance(value, list) and _grows(value):
         tape.sizes([x for part in value for x in (part if isinstance(part, _Size) else (part, 0, 0, 0))])
     elif value is None:

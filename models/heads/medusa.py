@@ -62,6 +62,7 @@ class Medusa(LM):
                 at.log(**{f"medusa_{head + 1}": loss})
         return super().forward(x_BTD, at, state, targets_BT)
 
-    def guesses(self, x: Tensor) -> Tensor:
-        """Logits of the tokens after the next one, (..., heads, C), from outputs x (..., D)."""
-        return torch.stack([F.linear(self.ahead(x, head), self.outer[head]) for head in range(self.config.heads)], -2)
+    def guesses(self, x: Tensor, heads: int | None = None) -> Tensor:
+        """Logits of the tokens after the next one, (..., heads, C), from outputs x (..., D); None: of all heads."""
+        heads = self.config.heads if heads is None else heads
+        return torch.stack([F.linear(self.ahead(x, head), self.outer[head]) for head in range(heads)], -2)

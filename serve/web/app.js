@@ -72,7 +72,8 @@ async function answer(index) {
   conversation.cut(index + 1);
   const asked = conversation.turns[index];
   asked.mode = mode;
-  const body = { model, ...settings.request(), stream: true, stream_options: { include_usage: true } };
+  const options = { include_usage: true, continuous_usage_stats: true };
+  const body = { model, ...settings.request(), stream: true, stream_options: options };
   if (mode === "chat") {
     body.messages = conversation.messages(settings.system);
     if (schema) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema } };

@@ -4,29 +4,27 @@ export class Meter {
   constructor() {
     this.started = performance.now();
     this.first = this.last = null;
-    this.tokens = 0;
+    this.tokens = this.begun = 0; // so far, and with the first piece
     this.cached = 0;
     this.drafts = null; // [accepted, drafted] while the answer came
     this.reason = "";
   }
 
-  /** A chunk came. `usage` counts exactly where it is sent; else each chunk with text is at least one token. */
+  /** A chunk came with a piece of `text`, perhaps none, and the counts up to it. */
   see(text, usage) {
-    const now = performance.now();
-    if (text) {
-      this.first ??= now;
-      this.last = now;
-      this.tokens += 1;
-    }
     if (usage) {
       this.tokens = usage.completion_tokens;
       this.cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
+    }
+    if (text) {
+      if (this.first === null) [this.first, this.begun] = [performance.now(), this.tokens];
+      this.last = performance.now();
     }
   }
 
   get speed() {
     const seconds = (this.last - this.first) / 1000;
-    return this.first !== null && this.tokens > 1 && seconds > 0 ? (this.tokens - 1) / seconds : 0;
+    return this.tokens > this.begun && seconds > 0 ? (this.tokens - this.begun) / seconds : 0;
   }
 
   /** [what it means, as it is shown] */

@@ -167,9 +167,9 @@ def test_large_bodies(client):
     for content in (body, (body[start : start + 2**20] for start in range(0, len(body), 2**20))):
         answer = client.post("/v1/completions", content=content, headers=JSON)
         assert answer.status_code == 413
-        assert "the body has more than the 4194304 bytes that are allowed" in answer.json()["error"]["message"]
+        assert "the body has more than the 1048576 bytes that are allowed" in answer.json()["error"]["message"]
     start = time.monotonic()
-    for prompt in ("a" * 4_000_000, [1] * 1_000_000 + ["a"], ["a"] * 1_000_000):
+    for prompt in ("a" * 1_000_000, [1] * 100_000 + ["a"], ["a"] * 100_000):
         assert post(client, prompt=prompt).status_code == 400
     assert time.monotonic() - start < 5
 

@@ -33,6 +33,7 @@ def worker(decoder, tokenizer):
 def address(worker, tokenizer):
     app = create_app(Service.of(Served.local(worker, "tiny", Template(tokenizer)), limits=LIMITS))
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)  # what is not read shows soon
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -124,8 +125,10 @@ BODIES = {
     "a long key": (("{" + json.dumps("k" * HUGE) + ": 1}").encode(), 400),
     "a long number": (('{"model": "tiny", "prompt": "a", "seed": ' + "9" * 200_000 + "}").encode(), 400),
     "a long prompt": (json.dumps({"model": "tiny", "prompt": "a" * HUGE * 2}).encode()[: 2**20], 400),
-    "many prompts": (json.dumps({"model": "tiny", "prompt": ["a"] * 200_000}).encode(), 400),
-    "many tokens": (json.dumps({"model": "tiny", "prompt": [1] * 300_000}).encode(), 400),
+    "many prompts": (json.dumps({"model": "tiny", "prompt": ["a"] * 100_000}).encode(), 400),
+    "many tokens": (json.dumps({"model": "tiny", "prompt": [1] * 100_000}).encode(), 400),
+    "too many values": (json.dumps({"model": "tiny", "prompt": [[1]] * 140_000}).encode(), 413),
+    "many fields": (json.dumps({f"k{number}": 1 for number in range(50_000)}).encode(), 400),
     "too much": (b"[" + b" " * 2**20 + b"]", 413),
     "infinity": (b'{"model": "tiny", "prompt": "a", "temperature": 1e999}', 400),
     "twice the same": (b'{"model": "tiny", "model": "tiny", "prompt": "a", "max_tokens": 1}', 200),

@@ -9,7 +9,7 @@ from serve.engine import Engine
 from serve.medusa import SIZES, MedusaHeads
 from serve.mtp import MTPHeads
 from serve.sampler import Sampling
-from serve.width import Rate
+from serve.width import Rate, Width
 
 PATTERNS = ["gqa", "gqa(window=6)", "gated_deltanet gqa", "nsa"]
 ROWS = {"max_rows": 4, "max_len": 128}
@@ -125,6 +125,19 @@ def test_the_tree_follows_what_is_right():
     assert drafter.gain(Rate(), drafter.widest) < 2.2
     for node, parent in enumerate(drafter._parents):
         assert parent < node
+
+
+def test_trees_grow_as_far_as_columns_are_cheap():
+    def chosen(seconds_of):
+        width = Width(drafter.widest, drafter)
+        for columns in (1, *(1 + size for size in SIZES)):
+            width.calls.add(columns, seconds_of(columns))
+        return width.choose([Rate()])
+
+    drafter = MedusaHeads(models.build("medusa", heads=3))
+    widths = [chosen(lambda columns, cost=cost: 1 + cost * columns) for cost in (0.0, 0.02, 0.2, 1.0, 10.0)]
+    assert widths == sorted(widths, reverse=True) and widths[0] == drafter.widest and widths[-1] == 0
+    assert len(set(widths)) > 3
 
 
 def test_models_without_such_heads_are_refused():

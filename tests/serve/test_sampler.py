@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.largest import argmax, largest
 from serve.sampler import Sampling, sample, uniform
 
 
@@ -19,6 +20,7 @@ def drawn(logits_C, sampling: Sampling, n: int) -> torch.Tensor:
 def expected(logits_C, sampling: Sampling) -> torch.Tensor:
     """The definition, one token at a time, in float64."""
     probs = (logits_C.double() / sampling.temperature).softmax(0)
+    probs[probs < sampling.min_p * probs.max()] = 0
     order = probs.argsort(descending=True)
     if sampling.top_k:
         order = order[: sampling.top_k]
@@ -35,7 +37,8 @@ def expected(logits_C, sampling: Sampling) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 9, "top_p": 0.8}],
+    [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 9, "top_p": 0.8},
+     {"min_p": 0.1}, {"min_p": 0.03, "top_p": 0.9, "temperature": 2.0}, {"min_p": 0.05, "top_k": 8, "top_p": 0.8}],
     ids=str,
 )
 def test_chi_square(options):
@@ -68,6 +71,7 @@ options = st.builds(
     Sampling,
     temperature=st.sampled_from([0.0, 1e-40, 0.3, 1.0, 2.0]),
     top_k=st.sampled_from([0, 1, 3, 300, 5000]),
+    min_p=st.sampled_from([0.0, 0.01, 1.0]),
     top_p=st.sampled_from([1e-46, 1e-9, 0.5, 0.99, 0.999999999, 1.0]),
     seed=st.integers(0, 2**64 - 1),
 )
@@ -136,6 +140,9 @@ def test_half_precision_and_forbidden_tokens():
         {"frequency_penalty": 2.5},
         {"presence_penalty": float("nan")},
         {"logprobs": 21},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+        {"min_tokens": 17},
     ],
     ids=str,
 )
@@ -143,3 +150,16 @@ def test_wrong_options_are_one_line(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))}=.*: must") as error:
         Sampling(**wrong)
     assert "\n" not in str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([1, 5, 64, 1000, 20000]), st.integers(1, 60), st.integers(0, 99))
+def test_the_largest_are_found_by_blocks(rows, classes, k, seed):
+    """Also among equals, of which the first counts."""
+    x_NC = torch.randn(rows, classes, generator=torch.Generator().manual_seed(seed)).round(decimals=1 + seed % 3)
+    assert argmax(x_NC).tolist() == [row.index(max(row)) for row in x_NC.tolist()]
+    k = min(k, classes)
+    values_NK, places_NK = largest(x_NC, k)
+    assert torch.equal(values_NK, x_NC.sort(-1, descending=True).values[:, :k])
+    assert torch.equal(x_NC.gather(1, places_NK), values_NK)
+    assert all(len(set(row)) == k for row in places_NK.tolist())

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+import models
+from models import hub
 from serve.engine import Engine
 from serve.sampler import Sampling
 from serve.template import Template
@@ -24,7 +27,15 @@ MAX_LEN = 6000  # a completion of this length takes far longer than any test wai
 
 
 @pytest.fixture(scope="module")
-def url(model_folder):
+def images(tmp_path_factory):
+    """A model that predicts; the name of its folder is that of no process of others."""
+    folder = tmp_path_factory.mktemp("models") / f"gan{os.getpid()}"
+    hub.save(models.build("gan"), str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(model_folder, images):
     """The address of a server with two rows."""
     import ray
     from ray import serve
@@ -40,6 +51,7 @@ def url(model_folder):
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         args = {"model": str(model_folder), "max_rows": "2", "max_len": str(MAX_LEN), "waiting": "20"}
+        args |= {"predict": str(images), "cpus": "0.5"}
         serve.run(build(args), name="tiny", route_prefix="/")
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -63,7 +75,7 @@ def engine(decoder, tokenizer):
 
 
 def test_it_answers_what_the_engine_says(client, engine):
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()][0] == "tiny"
     answer = client.completions.create(model="tiny", prompt="def f", max_tokens=30, seed=4)
     expected = engine.generate(["def f"], Sampling(max_tokens=30, seed=4))[0]
     assert answer.choices[0].text == expected.text and answer.choices[0].finish_reason == expected.reason
@@ -262,3 +274,34 @@ def test_one_completion_on_the_command_line(model_folder, engine):
     command[3] = "no-such-run"
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "no-such-run" in done.stderr
+
+
+def test_a_model_that_predicts(url, images):
+    """Also after its replica was killed."""
+    import torch
+
+    def ask(body):
+        request = urllib.request.Request(
+            f"{url}/predict/{images.name}",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return torch.tensor(json.load(answer)["outputs"]["pixels_BCHW"])
+
+    latents_BZ = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = hub.load(str(images)).predict({"latents_BZ": latents_BZ})["pixels_BCHW"]
+    body = {"inputs": {"latents_BZ": latents_BZ.tolist()}}
+    torch.testing.assert_close(ask(body), expected)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        ask({"inputs": {"latents_BZ": [[0.0] * 8] * 3}})
+    assert refused.value.code == 400 and "3 rows, at most 2" in refused.value.read().decode()
+    for line in os.popen("ps -eo pid,args").read().splitlines():
+        pid, name = line.split(maxsplit=1)
+        if name.startswith("ray::ServeReplica:tiny:Predictor") and images.name in name:
+            os.kill(int(pid), signal.SIGKILL)
+            break
+    else:
+        raise AssertionError("no process of the replica was found")
+    torch.testing.assert_close(ask(body), expected)

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from cluster import folder
 from serve.engine import load
-from serve.template import Template
+from serve.template import DEFAULT, Template
 
 SPECIALS = ["<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 # In the manner of a well-known one: trimmed contents, a check of the roles, the tags that only Hugging Face has.
@@ -63,6 +63,22 @@ def test_tokens_are_those_of_hugging_face(tokenizer):
             messages, chat_template=TEMPLATE, add_generation_prompt=True, return_dict=False
         )
         assert chat.encode(messages) == expected
+
+
+def test_the_default_template_with_tools_is_as_hugging_face_reads_it(tokenizer):
+    from transformers import PreTrainedTokenizerFast
+
+    reference = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|bos|>", eos_token="<|eos|>")
+    function = {"name": "f", "description": "def f(x): \u4f60", "parameters": {"type": "object", "properties": {}}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": [1, "\u00fc"]}}}
+    made = {"role": "assistant", "content": "", "tool_calls": [call, call]}
+    result = {"role": "tool", "content": "return", "tool_call_id": "1"}
+    for messages in (CHAT, CHAT[1:], [*user("a"), made, result], [*user("a"), {**made, "content": "x"}, result]):
+        for tools in ([], [{"type": "function", "function": function}] * 2):
+            expected = reference.apply_chat_template(
+                messages, tools=tools or None, chat_template=DEFAULT, add_generation_prompt=True, return_dict=False
+            )
+            assert Template(tokenizer).encode(messages, tools) == expected
 
 
 pieces = st.lists(

@@ -41,7 +41,9 @@ def model(decoder, tokenizer):
 
 @pytest.fixture(scope="module")
 def worker(model, tokenizer):
-    worker = Worker(Engine(model, tokenizer, max_rows=4, max_len=MAX_LEN))
+    engine = Engine(model, tokenizer, max_rows=4, max_len=MAX_LEN)
+    engine.generate([[0, 0]], Sampling(max_tokens=2))  # kernels are built once; a worker would take it for a stall
+    worker = Worker(engine)
     yield worker
     worker.stop()
 

@@ -1,6 +1,7 @@
 """The page in a real Chromium, against the real application with tiny models."""
 
 import copy
+import json
 import re
 import shutil
 import socket
@@ -18,6 +19,7 @@ import models
 from serve import pages
 from serve.api import create_app
 from serve.engine import Engine
+from serve.ngram import NGram
 from serve.sampler import Sampling
 from serve.served import Served, Service
 from serve.template import Template
@@ -45,6 +47,16 @@ def endless(model, tokenizer):
     return model
 
 
+def circling(tokenizer):
+    """A model whose greedy text goes in circles, as only the last token counts: no attention reaches its stream."""
+    torch.manual_seed(0)
+    model = models.build("decoder", vocab=tokenizer.get_vocab_size(), dim=32, layers=2, pattern="gqa")
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mixer.wo.weight.zero_()
+    return endless(model, tokenizer)
+
+
 def hostile(tokenizer):
     """A model that mostly says markup, as most of its tokens are some."""
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
@@ -56,12 +68,16 @@ def hostile(tokenizer):
 
 @pytest.fixture(scope="module")
 def served(decoder, tokenizer):
-    """By name: tiny, a chat model; plain, one without a template; hostile."""
+    """By name: tiny, a chat model; plain, one without a template; hostile; circles, with drafts."""
     evil, words = hostile(tokenizer)
     own = {"tiny": (endless(decoder, tokenizer), tokenizer), "plain": (decoder, tokenizer), "hostile": (evil, words)}
+    own["circles"] = (circling(tokenizer), tokenizer)
     made = {}
     for name, (model, its) in own.items():
-        worker = Worker(Engine(model, its, max_rows=4, max_len=MAX_LEN))
+        drafter = NGram() if name == "circles" else None
+        engine = Engine(model, its, max_rows=4, max_len=MAX_LEN, drafter=drafter)
+        engine.generate([[0, 0]], Sampling(max_tokens=2))  # kernels are built once; a worker would take it for a stall
+        worker = Worker(engine)
         made[name] = Served.local(worker, name, None if name == "plain" else Template(its))
     yield made
     for each in made.values():
@@ -201,6 +217,30 @@ def test_a_conversation(visit, url, served):
     page.get_by_role("button", name="New").click()
     expect(page.locator("#turns > li")).to_have_count(0)
     expect(page.locator("#empty")).to_be_visible()
+
+
+def test_what_was_spared_is_told(visit, url):
+    """Prompt tokens of the turn before are in the prefix cache, and a text that goes in circles is guessed."""
+    page = visit(url)
+    page.locator("#model").select_option("circles")
+    settle(page, max_tokens="400")
+    say(page, "for i in range(10): print(i) " * 8)
+    foot = answered(page).locator(".foot")
+    expect(foot).to_contain_text(re.compile(r"[1-9]\d* of \d+ drafts"))
+    settle(page, max_tokens="4")
+    say(page, "and then")
+    expect(answered(page, 4).locator(".foot")).to_contain_text(re.compile(r"[1-9]\d* cached"))
+    server = page.locator("#server")
+    expect(server).to_contain_text("6000 tokens")
+    expect(server).to_contain_text(re.compile(r"accepted\s*\d+%"))
+
+
+def test_an_answer_by_a_schema(visit, url):
+    page = visit(url)
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    settle(page, schema=json.dumps(schema), max_tokens="100")
+    say(page, "which one?")
+    assert json.loads(answered(page).locator(".body").text_content())["a"] in (1, 2)
 
 
 def test_stop(visit, url, served):
@@ -377,7 +417,7 @@ def test_settings_are_what_is_asked_for(visit, url):
         "seed": 3,
         "stop": ["a\nb", "c"],
         "stream": True,
-        "stream_options": {"include_usage": True},
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
     }
     settle(page, schema="{type: 1}")
     expect(page.locator("#schema-wrong")).to_contain_text("not JSON")
@@ -399,7 +439,7 @@ def test_keys(visit, listen, served):
     page.wrong.clear()
     page.keyboard.type("secret")
     page.keyboard.press("Tab")
-    expect(page.locator("#model option")).to_have_count(3)
+    expect(page.locator("#model option")).to_have_count(4)
     expect(page.locator("#notice")).to_be_empty()
     settle(page, max_tokens="5", temperature="0")
     say(page, "hi")
@@ -423,5 +463,5 @@ def test_files(served):
         assert http.get(path).status_code in (401, 404)
     assert http.get("/stats").status_code == 401
     numbers = http.get("/stats", headers={"Authorization": "Bearer secret"}).json()["models"]
-    assert [(name, numbers[name]["chat"]) for name in numbers] == [("tiny", True), ("plain", False), ("hostile", True)]
+    assert {name: numbers[name]["chat"] for name in numbers} == {name: name != "plain" for name in served}
     assert numbers["tiny"]["max_len"] == MAX_LEN and numbers["tiny"]["running"] == 0

@@ -1,0 +1,81 @@
+"""The model's part of a decode step without Python: recorded once, for all numbers of rows and pages, played in C++.
+
+A call of few tokens costs less in its products than in the Python around its layers. So once calls of a kind (how many
+tokens, drafts or none, padding or none) come again and again, one is recorded as a `kernels.cpu.tape`. A model whose
+path depends on numbers, as one that sorts tokens by expert, cannot be recorded: it runs as before.
+"""
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.attention.chunked import FEW
+from kernels.cpu.tape import NotRecorded, Tape
+from models.decoder import Decoder
+from models.span import Span
+from models.state import Pages, State
+
+AFTER = 64  # calls of a kind before it is recorded, which takes seconds
+_Key = tuple[int, bool, bool, int, bool]
+
+
+class Replay:
+    """`model.hidden` and the head on all its outputs. rows, pages: the most there are in a call."""
+
+    def __init__(self, model: Decoder, rows: int, pages: int, after: int = AFTER) -> None:
+        self.model, self.rows, self.pages, self.after = model, rows, pages, after
+        self._seen: Counter[_Key] = Counter()
+        self._tapes: dict[_Key, Tape | None] = {}
+
+    def __call__(
+        self, ids_BT: Tensor, state: State, segments_BT: Tensor | None, keep: int, parents_BT: Tensor | None
+    ) -> tuple[Tensor, Span, State, Tensor] | None:
+        """Outputs, span, state after, logits (B, T, C); None when the call has to be run by the model itself."""
+        rows, tokens = ids_BT.shape
+        if tokens > FEW or not ids_BT.is_cpu:
+            return None
+        pages = _pages(state)
+        key = (tokens, rows == 1, segments_BT is None, keep, parents_BT is None)
+        self._seen[key] += 1
+        if key not in self._tapes:
+            if self._seen[key] < self.after or pages == 1 < self.pages:
+                return None
+            self._tapes[key] = self._recorded(key, state)
+        player = self._tapes[key]
+        if player is None:
+            return None
+        return player(rows, pages, ids_BT, state, segments_BT, parents_BT)
+
+    def _recorded(self, key: _Key, state: State) -> Tape | None:
+        tokens, alone, whole, keep, chain = key
+        most = max(self.rows, 3)
+
+        def example(rows: int, pages: int) -> tuple[Any, ...]:
+            def numbers() -> Tensor:
+                return torch.empty(rows, tokens, dtype=torch.int64)
+
+            table_BN, now, shaped = torch.empty(rows, pages, dtype=torch.int64), _pages(state), {}
+            ring_B1 = torch.empty(rows, 1, dtype=torch.int64)
+            for name, value in state.items():
+                if isinstance(value, Pages):
+                    shaped[name] = Pages(value.pool, table_BN if value.table_BN.shape[1] == now > 1 else ring_B1)
+                else:
+                    shaped[name] = torch.empty(rows, *value.shape[1:], dtype=value.dtype)
+            return numbers(), shaped, None if whole else numbers(), None if chain else numbers()
+
+        def run(ids_BT: Tensor, state: State, segments_BT: Tensor | None, parents_BT: Tensor | None):
+            x_BTD, at, state = self.model.hidden(ids_BT, state, segments_BT, keep, parents_BT=parents_BT)
+            return x_BTD, at, state, self.model.head(x_BTD, at)[0]
+
+        try:
+            pages = (2, max(self.pages, 3)) if self.pages > 1 else (1, 1)
+            return Tape(run, example, (1, 1) if alone else (2, most), pages)
+        except NotRecorded:
+            return None
+
+
+def _pages(state: State) -> int:
+    """Pages of a row in the tables of a call; a ring has one."""
+    return max((value.table_BN.shape[1] for value in state.values() if isinstance(value, Pages)), default=1)
