@@ -124,6 +124,8 @@ def check(job: Job) -> None:
         raise ValueError(f"data.{error}") from None
     if job.frozen and not (job.start and isinstance(job.model, Decoder.Config)):
         raise ValueError("frozen: it is a trained decoder's weights that stay; set --start, or leave --frozen out")
+    if job.frozen and job.zero == 3:
+        raise ValueError("zero=3: ZeRO-3 trains no head on frozen weights; set --zero 2 or less")
     model = build(job)  # for the errors of the architecture's own config; on the CPU: not every one initialises on meta
     phases = len(set(model.phases()))
     if job.zero == 3 and phases > 1:

@@ -25,7 +25,7 @@ from typing import Any
 from serve.client import Client, ServerError
 
 NAME = "tiny"
-EVERY = (1.0, 4.0)  # seconds between two kills
+EVERY = (0.5, 3.0)  # seconds between two kills
 ALL = 0.1  # of the times, all that are there
 CLOSE = 1e-3
 

@@ -6,8 +6,10 @@ with them the time that compiling and each step may take, are bounded.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from decimal import Decimal
 from functools import lru_cache
 from threading import Lock
 from typing import Any
@@ -18,7 +20,14 @@ from torch import Tensor
 
 MOST_BYTES = 64 * 2**10  # of a grammar's text
 _END = "<|end of the grammar|>"
-_KEPT = 64  # compiled grammars; a copy of one is made in microseconds
+MOST_MULTIPLE = 1000  # that numbers may have to be multiples of: compiling takes time in proportion
+_LIMITS = {
+    "initial_lexer_fuel": 100_000,
+    "step_lexer_fuel": 50_000,
+    "step_max_items": 20_000,
+    "max_lexer_states": 20_000,
+}
+_KEPT = 32  # compiled grammars; a copy of one is made in microseconds
 # Written as json.dumps does. Free white space would let a model that likes it never come to the point.
 _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -68,7 +77,10 @@ _BITS = torch.arange(8, dtype=torch.uint8)
 
 
 class Grammars:
-    """Of one vocabulary, for any thread. classes: of the model, which may be more than the tokenizer's. ends: end tokens."""
+    """Of one vocabulary, for any thread.
+
+    classes: of the model, which may be more than the tokenizer's. ends: end tokens.
+    """
 
     def __init__(self, tokenizer: Tokenizer | None, classes: int, ends: Iterable[int] = ()) -> None:
         self._tokenizer, self._classes, self._ends = tokenizer, classes, sorted(ends)
@@ -78,8 +90,9 @@ class Grammars:
 
     def matcher(self, grammar: str) -> Matcher:
         """At the beginning of `grammar`. GrammarError for one that cannot be followed."""
+        compiled = self._compiled(grammar)
         with self._lock:
-            return Matcher(self._compiled(grammar).deep_copy())
+            return Matcher(compiled.deep_copy())
 
     def _load(self) -> Any:
         """The library's view of the vocabulary; it wants an end token also where the model has none."""
@@ -101,7 +114,8 @@ class Grammars:
         from llguidance import LLMatcher, LLParserLimits
 
         _check_size(grammar)
-        limits = LLParserLimits(initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000)
+        _check_multiples(grammar)
+        limits = LLParserLimits(**_LIMITS)
         state = LLMatcher(self._vocabulary(), grammar, log_level=0, limits=limits)
         if not state.is_error():
             state.compute_bitmask()  # some limits show at the first step only
@@ -126,6 +140,18 @@ def of_schema(schema: Mapping[str, Any]) -> str:
 def _check_size(text: str) -> None:
     if len(text) > MOST_BYTES:
         raise GrammarError(f"it has {len(text)} bytes, at most {MOST_BYTES} are allowed")
+
+
+def _check_multiples(grammar: str) -> None:
+    """Of all together, for the library multiplies them. The schemas are looked at as they are spelled in `grammar`."""
+    spelled = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), grammar)
+    found = re.findall(r'multipleOf\\*"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,2})?)', spelled)
+    whole = 1
+    for number in found:
+        _, digits, exponent = Decimal(number).normalize().as_tuple()  # 0.25 is as hard as 25
+        whole = math.lcm(whole, int("".join(map(str, digits))) * 10 ** max(exponent, 0))
+    if whole > MOST_MULTIPLE:
+        raise GrammarError(f"multipleOf: all together at most {MOST_MULTIPLE} is allowed")
 
 
 def of_regex(regex: str) -> str:

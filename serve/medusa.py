@@ -22,29 +22,33 @@ from serve.width import Rate
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # tokens of trees
 _RANKS = 8  # guesses of a head
-_FORGET = 0.01  # weight of a new observation
-_REGROW = 64  # observations until the tree is made anew
+_FORGET = 0.01  # weight of a new observation, once there are many
+_PRIOR = 8  # observations that what is said of unknown heads counts for
+_REGROW = 64  # observed drafts until the tree is made anew; at first fewer
 _OBSERVED = 4  # rows a step learns from: their guesses were right or wrong much as those of others
 
 
 class MedusaHeads:
-    """model: a decoder whose head is `medusa`."""
+    """model: a decoder whose head is `medusa`. accuracy: of each head's ranks, as above; at first a guess."""
 
     reads = True
-    widest = len(SIZES)
 
     def __init__(self, model: Decoder) -> None:
         if not isinstance(model.head, Medusa):
             raise ValueError(
-                f"medusa: the model's head is {type(model.head).__name__}; `python -m jobs.finetune medusa` trains one"
+                f"medusa: the model's head is {type(model.head).__name__}; `python -m jobs.finetune` with "
+                "`--head medusa` trains one"
             )
         self.head = model.head
-        heads = self.head.config.heads
-        self.accuracy = [[0.6 * 0.85**head * (1.0 if not rank else 0.35 / (rank + 1)) for rank in range(_RANKS)]
-                         for head in range(heads)]  # fmt: skip
+        heads, self._ranks = self.head.config.heads, min(_RANKS, model.config.vocab)
+        ranks = [1.0, *(0.35 / (rank + 1) for rank in range(1, self._ranks))]
+        self.accuracy = [[0.6 * 0.85**head * share for share in ranks] for head in range(heads)]
+        combinations = sum(self._ranks ** (head + 1) for head in range(heads))
+        self.widest = sum(size <= combinations for size in SIZES)
         self._outputs: dict[int, Tensor] = {}  # of the last computed token, by sequence
         self._made: dict[int, tuple[int, list[list[int]]]] = {}  # known tokens when guesses were made, and those
-        self._observations = 0
+        self._seen = [0] * heads  # observations of each head
+        self._observed, self._due = 0, 4
         self._grow()
 
     def size(self, width: int) -> int:
@@ -60,12 +64,13 @@ class MedusaHeads:
             return drafts
         for index in ready[:_OBSERVED]:
             self._observe(sequences[index])
-        if self._observations >= _REGROW:
+        if self._observed >= self._due:
+            self._due = min(_REGROW, 2 * self._due)
             self._grow()
         nodes, parents = self._nodes[: self.size(width)], self._parents[: self.size(width)]
         x_RD = torch.stack([self._outputs[sequences[index].id] for index in ready])
         logits_RHC = self.head.guesses(x_RD, 1 + max(head for head, _ in nodes))
-        for index, guesses in zip(ready, logits_RHC.topk(min(_RANKS, logits_RHC.shape[-1])).indices.tolist()):
+        for index, guesses in zip(ready, logits_RHC.topk(self._ranks).indices.tolist()):
             sequence = sequences[index]
             self._made[sequence.id] = len(sequence.tokens), guesses
             drafts[index] = Draft([guesses[head][rank] for head, rank in nodes], parents)
@@ -81,21 +86,23 @@ class MedusaHeads:
     def _observe(self, sequence: Sequence) -> None:
         """Learn from what came where guesses had been made."""
         known, guesses = self._made.pop(sequence.id, (0, ()))
-        for accuracy, ranks, token in zip(self.accuracy, guesses, sequence.tokens[known:]):
+        self._observed += bool(guesses)
+        for head, (ranks, token) in enumerate(zip(guesses, sequence.tokens[known:])):
+            accuracy, weight = self.accuracy[head], max(_FORGET, 1 / (_PRIOR + self._seen[head]))
             for rank, guess in enumerate(ranks):
-                accuracy[rank] += _FORGET * ((guess == token) - accuracy[rank])
-            self._observations += 1
+                accuracy[rank] += weight * ((guess == token) - accuracy[rank])
+            self._seen[head] += 1
             if token not in ranks:
                 break
 
     def _grow(self) -> None:
         """The tree of the largest size, in the order of what its tokens are worth."""
-        self._observations = 0
+        self._observed = 0
         self._nodes, self._parents, worth = [], [], []
         waiting: list[tuple[float, int, int, int]] = []  # -worth, head, rank, parent
 
         def offer(head: int, rank: int, parent: int) -> None:
-            if head < len(self.accuracy) and rank < _RANKS:
+            if head < len(self.accuracy) and rank < self._ranks:
                 before = worth[parent] if parent >= 0 else 1.0
                 heappush(waiting, (-before * ranked[head][rank][0], head, rank, parent))
 

@@ -3,16 +3,17 @@
     tokens = max n with  t(decoding) + a + b n <= SLACK max(t(live), usual)
 
 t is the measured time of a call that generates one token for each of so many rows; a + b n, a line through what was
-measured lately, that of a call for n prompt tokens; usual the median time of steps. A step with prompt tokens in it then
-lasts at most SLACK times a step of all rows that are there or wait, so that the slowest gaps of a stream stay below twice
-the usual one. Where prompts never stop coming, steps with prompts become the usual ones, and grow until they keep up.
-With nothing generating a step takes all it may; and never so little that it does little else than read weights.
+measured lately, that of a call for n prompt tokens; usual the median time of steps. A step with prompt tokens in it
+then lasts at most SLACK times a step of all rows that are there or wait, so that the slowest gaps of a stream stay
+below twice the usual one. Where prompts never stop coming, steps with prompts become the usual ones, and grow until
+they keep up. With nothing generating a step takes all it may; and never so little that it does little else than read
+weights.
 """
 
 from serve.width import Times
 
 SLACK = 1.8
-MOST = 3.0  # times a step of all rows that the usual one may last
+MOST = 2.0  # times a step of all rows that the usual one may last
 LEAST = 64  # tokens
 _FORGET = 0.1  # weight of a new measurement
 _MEDIAN = 0.005  # part by which the median moves at each step
@@ -26,10 +27,10 @@ class Line:
         self._n = self._t = self._nn = self._nt = 0.0  # means, of n, t and their products
 
     def add(self, n: int, seconds: float) -> None:
-        if not self._n:
+        a, b = self.coefficients() if self else (0.0, 0.0)
+        if not self or seconds * _SLOW < a + b * n:  # no call is faster than it can be: those before were disturbed
             self._n, self._t, self._nn, self._nt = n, seconds, n * n, n * seconds
             return
-        a, b = self.coefficients()
         seconds = min(seconds, _SLOW * (a + b * n))
         self._n += _FORGET * (n - self._n)
         self._t += _FORGET * (seconds - self._t)
@@ -72,7 +73,7 @@ class Pace:
 
     def room(self, decoding: int, live: int) -> int:
         """Prompt tokens of the next step, in which `decoding` rows of `live` that are wanted generate."""
-        self._share = decoding / live
+        self._share = decoding / max(live, 1)
         if not decoding or not self._computing or not len(self._generating):
             return self.chunk
         a, b = self._computing.coefficients()

@@ -34,7 +34,8 @@ class Replay:
     ) -> tuple[Tensor, Span, State, Tensor] | None:
         """Outputs, span, state after, logits (B, T, C); None when the call has to be run by the model itself."""
         rows, tokens = ids_BT.shape
-        if tokens > FEW or not ids_BT.is_cpu:
+        drafts = keep > 0 or parents_BT is not None
+        if not ids_BT.is_cpu or not (tokens == 1 or (drafts and tokens <= FEW)):
             return None
         pages = _pages(state)
         key = (tokens, rows == 1, segments_BT is None, keep, parents_BT is None)

@@ -28,6 +28,7 @@ class Times:
         known = self._seconds.get(size)
         if known is None:
             insort(self._sizes, size)
+        if known is None or seconds * _SLOW < known:  # no call is faster than it can be: the earlier was disturbed
             self._seconds[size] = seconds
         else:
             seconds = min(seconds, _SLOW * known)

@@ -38,7 +38,7 @@ class PackedWeight(Tensor):
             return packed_linear(args[0], args[1].packed, None if bias is None else bias.float())
         if func is F.embedding and _packed(args, 1):
             return packed_rows(args[1].packed, args[0], args[1].dtype)
-        return super().__torch_function__(func, types, args, kwargs)
+        return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

@@ -24,7 +24,7 @@ export class Meter {
 
   get speed() {
     const seconds = (this.last - this.first) / 1000;
-    return this.tokens > this.begun && seconds > 0 ? (this.tokens - this.begun) / seconds : 0;
+    return this.tokens > this.begun && seconds > 0.02 ? (this.tokens - this.begun) / seconds : 0;
   }
 
   /** [what it means, as it is shown] */

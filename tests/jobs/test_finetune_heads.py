@@ -99,6 +99,7 @@ def test_it_goes_on_where_it_was_and_from_heads_that_are_there(bases):
         (["--head", "lm"], "has nothing to learn"),
         (["--head", "medusas"], "medusa"),
         (["--head"], "--head: needs"),
+        (["--head", "medusa", "--engine", "deepspeed", "--zero", "3", "--workers", "1"], "--zero 2"),
         (["--head", "medusa", "--frozen"], "--frozen: comes with --from"),
         (["--head", "medusa", "--data.source", "chat"], "which conversations"),
     ],

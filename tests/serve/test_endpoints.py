@@ -18,7 +18,10 @@ from serve.worker import Worker
 MESSAGES = [{"role": "user", "content": "def f"}]
 SCHEMA = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 5}, "tags": {"type": "array", "items": {"enum": ["a", "b"]}}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 5},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}},
+    },
     "required": ["name", "tags"],
     "additionalProperties": False,
 }
@@ -120,7 +123,11 @@ def test_embeddings(client, http, decoder, tokenizer):
         assert one.embedding == pytest.approx(other.embedding, abs=1e-6)
         alone = client.embeddings.create(model="tiny", input=[ids]).data[0].embedding
         assert alone == pytest.approx(one.embedding, abs=1e-5)
-    assert [each.index for each in found.data] == [0, 1, 2] and found.usage.prompt_tokens == found.usage.total_tokens > 8
+    assert [each.index for each in found.data] == [
+        0,
+        1,
+        2,
+    ] and found.usage.prompt_tokens == found.usage.total_tokens > 8
     for body, message in [
         ({"input": "a", "dimensions": 4}, "dimensions: not supported by this server; leave it out"),
         ({"input": []}, "input: must be a text, a list of texts, a list of token ids, or a list of such lists"),

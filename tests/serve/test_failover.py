@@ -181,8 +181,7 @@ def test_a_wedged_engine_is_left(run, replicas, monkeypatch):
         expected = await collect(replicas[0].worker)
         await remote.connect(addresses[0])
         await remote.connect(addresses[1])
-        for replica in replicas:
-            replica.worker.stall = 1.0
+        replicas[0].worker.stall = 2.0
         step = replicas[0].worker.engine.step
 
         def wedged():
@@ -196,7 +195,7 @@ def test_a_wedged_engine_is_left(run, replicas, monkeypatch):
         task = asyncio.create_task(collect(remote, at=40, then=wedge))
         check(await task, expected)
         assert remote.moved == 4
-        with pytest.raises(Failed, match="^the engine is wedged: a step has not finished for 1 seconds$"):
+        with pytest.raises(Failed, match="^the engine is wedged: a step has not finished for 2 seconds$"):
             replicas[0].port.check()
         release.set()
         await until(lambda: not replicas[0].worker.engine.busy)

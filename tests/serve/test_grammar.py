@@ -31,6 +31,7 @@ SCHEMAS = {
     "lengths": {"type": "string", "minLength": 2, "maxLength": 5},
     "format": {"type": "string", "format": "date"},
     "number": {"type": "number", "minimum": 0.5, "exclusiveMaximum": 2},
+    "multiple": {"type": "number", "multipleOf": 0.25, "minimum": 0, "maximum": 3},
     "union": {"anyOf": [{"type": "null"}, {"type": "boolean"}, {"const": "both"}]},
     "tree": {
         "$defs": {
@@ -133,6 +134,8 @@ def test_resumed_and_drafted_completions_are_the_same(decoder, tokenizer, engine
         ({"$ref": "http://elsewhere/x"}, "does not fetch"),
         ({"allOf": [{"type": "null"}, {"type": "string"}]}, "Unsatisfiable schema"),
         ({"enum": ["x" * 50] * 6000}, "bytes, at most"),
+        ({"type": "integer", "multipleOf": 99991}, "multipleOf: all together at most 1000 is allowed"),
+        ({"allOf": [{"multipleOf": 0.97}, {"multipleOf": 0.89}]}, "multipleOf: all together at most 1000"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -131,9 +131,8 @@ def test_administration_needs_its_own_right(worker):
 
 def test_a_file_of_keys(tmp_path):
     path = tmp_path / "keys.toml"
-    path.write_text(
-        '[[key]]\nname = "a"\nkey = "secret"\nconcurrent = 2\n[[key]]\nname = "b"\nsha256 = "%s"' % digest(b"two")
-    )
+    first, second = '[[key]]\nname = "a"\nkey = "secret"\nconcurrent = 2\n', '[[key]]\nname = "b"\nsha256 = '
+    path.write_text(f'{first}{second}"{digest(b"two")}"')
     one, two = read(str(path))
     assert one.sha256 == digest(b"secret") and one.concurrent == 2 and "secret" not in repr(one)
     assert Keys([one, two]).find("bearer two").key.name == "b"

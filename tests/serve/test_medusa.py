@@ -140,6 +140,17 @@ def test_trees_grow_as_far_as_columns_are_cheap():
     assert len(set(widths)) > 3
 
 
+def test_few_heads_and_a_small_vocabulary():
+    """Fewer combinations than a tree could hold."""
+    for heads, vocab in ((1, 64), (1, 4), (2, 2)):
+        model = models.build("medusa", heads=heads, vocab=vocab).eval()
+        drafter = MedusaHeads(model)
+        sampling = Sampling(max_tokens=12, temperature=0.0, ignore_eos=True)
+        made = engine(model, drafter, drafter.widest)
+        assert made.generate([[1, 0]], sampling)[0].tokens == engine(model).generate([[1, 0]], sampling)[0].tokens
+        assert drafter.size(drafter.widest) <= sum(min(8, vocab) ** (head + 1) for head in range(heads))
+
+
 def test_models_without_such_heads_are_refused():
     for make in (MedusaHeads, lambda model: MTPHeads(model, **ROWS)):
         with pytest.raises(ValueError, match="LM"):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import models
 from serve.engine import Engine, Request
+from serve.ngram import NGram
 from serve.sampler import Sampling
 
 STATES = {
@@ -90,6 +91,23 @@ def test_a_chat_and_what_parts_from_it(model):
     again = events_of(engine, prompt)
     assert again[0].cached >= 48 and [event.token for event in again] == [event.token for event in events]
     audit(engine)
+
+
+@pytest.mark.parametrize("model", ["gqa", "hybrid", "sliding_window", "mixture_of_depths"], indirect=True)
+def test_together_with_speculation(model):
+    """Turns of a chat that repeats itself, drafted for: guesses that were wrong are in no block that is kept."""
+    sampling = Sampling(max_tokens=30, temperature=0.0, ignore_eos=True)
+    plain = Engine(model, max_len=256, prefix_cache=False)
+    engine = Engine(model, max_len=256, drafter=NGram(shortest=1, widest=5))
+    engine.speculation.width.choose = lambda rates: 5  # always, whether it pays or not
+    chat = [1, 2, 3, 4] * 5
+    for turn in range(3):
+        events = events_of(engine, chat, sampling)
+        assert [event.token for event in events] == tokens_of(plain, [chat], sampling)[0]
+        assert bool(events[0].cached) == bool(turn)
+        chat += [*(event.token for event in events), 1, 2, 3, 4]
+        audit(engine)
+    assert engine.speculation.drafted > engine.speculation.accepted > 0
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

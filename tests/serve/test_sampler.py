@@ -37,8 +37,16 @@ def expected(logits_C, sampling: Sampling) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.7}, {"temperature": 1.7, "top_k": 9, "top_p": 0.8},
-     {"min_p": 0.1}, {"min_p": 0.03, "top_p": 0.9, "temperature": 2.0}, {"min_p": 0.05, "top_k": 8, "top_p": 0.8}],
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"temperature": 1.7, "top_k": 9, "top_p": 0.8},
+        {"min_p": 0.1},
+        {"min_p": 0.03, "top_p": 0.9, "temperature": 2.0},
+        {"min_p": 0.05, "top_k": 8, "top_p": 0.8},
+    ],
     ids=str,
 )
 def test_chi_square(options):

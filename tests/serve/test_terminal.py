@@ -43,7 +43,7 @@ def model(decoder, tokenizer):
 def worker(model, tokenizer):
     engine = Engine(model, tokenizer, max_rows=4, max_len=MAX_LEN)
     engine.generate([[0, 0]], Sampling(max_tokens=2))  # kernels are built once; a worker would take it for a stall
-    worker = Worker(engine)
+    worker = Worker(engine, stall=60)
     yield worker
     worker.stop()
 

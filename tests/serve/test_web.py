@@ -77,7 +77,7 @@ def served(decoder, tokenizer):
         drafter = NGram() if name == "circles" else None
         engine = Engine(model, its, max_rows=4, max_len=MAX_LEN, drafter=drafter)
         engine.generate([[0, 0]], Sampling(max_tokens=2))  # kernels are built once; a worker would take it for a stall
-        worker = Worker(engine)
+        worker = Worker(engine, stall=60)
         made[name] = Served.local(worker, name, None if name == "plain" else Template(its))
     yield made
     for each in made.values():

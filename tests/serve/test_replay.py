@@ -1,0 +1,74 @@
+"""A recorded step says what the model says, for rows, pages and drafts of any number."""
+
+import pytest
+import torch
+
+import models
+from models import quant
+from serve import drafters
+from serve.engine import Engine
+from serve.sampler import Sampling
+
+RECORDED = ["gqa", "sliding_window", "hybrid"]
+
+
+def served(model, after, **options):
+    engine = Engine(model, max_rows=4, max_len=96, **options)
+    engine.call.replay.after = after
+    return engine
+
+
+def answers(engine):
+    """Requests of different lengths, of which some end while others go on, and more than there are rows."""
+    prompts = [[1 + i, 2, 3] + [5 + i] * (3 * i) for i in range(6)]
+    samplings = [Sampling(max_tokens=10 + 4 * i, temperature=i % 2, seed=i, ignore_eos=True) for i in range(6)]
+    return [result.tokens for result in engine.generate(prompts, samplings)]
+
+
+def tapes(engine):
+    return list(engine.call.replay._tapes.values())
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_tokens_are_the_models_own(name):
+    torch.manual_seed(0)
+    model = models.build(name)
+    plain, played = served(model, 10**9), served(model, 1)
+    assert answers(played) == answers(plain)
+    assert len(tapes(played)) >= 2 and all(tapes(played)) and not tapes(plain)
+
+
+def test_a_model_whose_path_depends_on_numbers_runs_itself():
+    torch.manual_seed(0)
+    model = models.build("moe")
+    played = served(model, 1)
+    assert answers(played) == answers(served(model, 10**9))
+    assert tapes(played) and not any(tapes(played))
+
+
+def test_drafts_are_played_too():
+    torch.manual_seed(0)
+    model = models.build("hybrid")
+    prompts = [[7, 8, 9] * 5 for _ in range(2)]
+
+    def engine(after):
+        return served(model, after, drafter=drafters.make("ngram", model, 4, 96))
+
+    sampling = Sampling(max_tokens=24, temperature=0, ignore_eos=True)
+    played, plain = engine(1), engine(10**9)
+    ours, theirs = ([result.tokens for result in each.generate(prompts, sampling)] for each in (played, plain))
+    assert ours == theirs
+    kinds = played.call.replay._tapes
+    assert any(keep for _, _, _, keep, _ in kinds) and all(kinds.values())
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_packed_weights_are_played_and_do_not_depend_on_the_batch(weights):
+    """Each request alone, step by step, and in a batch: the same tokens, bit-equal logits behind them."""
+    torch.manual_seed(0)
+    model = quant.pack(models.build("gqa", vocab=64), weights)
+    together = answers(served(model, 1))
+    prompts = [[1 + i, 2, 3] + [5 + i] * (3 * i) for i in range(6)]
+    for i in (1, 4):
+        sampling = Sampling(max_tokens=10 + 4 * i, temperature=i % 2, seed=i, ignore_eos=True)
+        assert served(model, 1).generate([prompts[i]], sampling)[0].tokens == together[i], i
