@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve import grammar, keys
 from serve.engine import Event, Request
-from serve.errors import APIError, translate
+from serve.errors import APIError, broken, translate
 from serve.flow import Flow
 from serve.grammar import GrammarError
 from serve.limits import Limits
@@ -155,7 +155,7 @@ class Answer(ABC):
                 rows: dict[int, list[Event]] = {}
                 for index, event in batch:
                     if event.error is not None:
-                        raise _broken(event.error)
+                        raise broken(event.error)
                     self.completion_tokens += event.token is not None
                     self.cached_tokens += event.cached
                     rows.setdefault(index, []).append(event)
@@ -268,12 +268,3 @@ async def _left(receive: Receive) -> None:
     """Until the client has gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-def _broken(error: Exception) -> APIError:
-    if isinstance(error, GrammarError):
-        return APIError(400, f"response_format: {error}", "response_format", "grammar_too_complex")
-    message = f"a completion broke: {type(error).__name__}: {error}"
-    failure = APIError(500, " ".join(message.split()), code="completion_failed")
-    failure.__cause__ = error
-    return failure

@@ -7,6 +7,7 @@ matmul speed of the machine are measured in the same run; a figure is told with 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,7 @@ BITS = {"fp32": 32, "bf16": 16, "int8": 8.25, "int4": 4.25}  # of a weight, with
 
 @dataclass
 class Bench:
-    """threads, tokens, rounds: of every engine's run. parameters: of the checkpoint. failed: why an engine did not run."""
+    """threads, tokens, rounds: of each engine's run. parameters: of the checkpoint. failed: why one did not run."""
 
     folder: Path
     threads: int
@@ -74,8 +75,9 @@ def main(argv: list[str] | None = None) -> int:
             print("ours and transformers do not say the same: nothing is measured", file=sys.stderr)
             return 1
         read, product = limits(args.threads)
-        tell(f"{bench.parameters / 1e6:.1f} M parameters, {args.threads} threads, {args.tokens} tokens a request; reads "
-             f"{read / 1e9:.0f} GB/s, bf16 products {product / 1e9:.0f} GFLOP/s; greedy tokens in fp32: those of transformers")  # fmt: skip
+        tell(f"{bench.parameters / 1e6:.1f} M parameters, {args.threads} threads, {args.tokens} tokens a request;")
+        tell(f"reads {read / 1e9:.0f} GB/s, bf16 products {product / 1e9:.0f} GFLOP/s;")
+        tell("greedy tokens in fp32 are those of transformers.")
         tell("")
         tell("| engine | weights | requests | tokens/s | share of the limit | first token, ms |")
         tell("| --- | --- | ---: | ---: | ---: | ---: |")
@@ -83,7 +85,8 @@ def main(argv: list[str] | None = None) -> int:
             for form in TAKES[name]:
                 for rows, found in (bench.run(name, form) or {}).items():
                     share = found["rate"] / limit(bench.parameters, form, rows, read, product)
-                    tell(f"| {name} | {form} | {rows} | {found['rate']:.0f} | {share:.0%} | {1e3 * found['first']:.1f} |")
+                    first = f"{1e3 * found['first']:.1f}"
+                    tell(f"| {name} | {form} | {rows} | {found['rate']:.0f} | {share:.0%} | {first} |")
         tell("")
         for name, why in bench.failed.items():
             tell(f"{name} did not run: {why}")
@@ -98,7 +101,7 @@ def limit(parameters: int, form: str, rows: int, read: float, product: float) ->
 
 
 def checkpoint(folder: Path, shape: dict[str, int]) -> int:
-    """Random weights from a seed as our folder, a Hugging Face folder and, where gguf is installed, GGUF files."""
+    """Random weights from a seed as a folder of ours and one of Hugging Face; the number of parameters."""
     from models import build, hub
 
     torch.manual_seed(0)
@@ -109,12 +112,6 @@ def checkpoint(folder: Path, shape: dict[str, int]) -> int:
     )  # fmt: skip
     hub.save(model, str(folder / "edifice"))
     hub.save_hf(model, str(folder / "hf"), "llama")
-    try:
-        from serve.gguf_file import write
-    except ImportError:  # no gguf here, so no llama.cpp either
-        return sum(parameter.numel() for parameter in model.parameters())
-    for form in FORMS:
-        write(model, folder / f"{form}.gguf", form)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -144,8 +141,6 @@ def _least(run) -> float:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    import os
-
     cores = sorted(os.sched_getaffinity(0))[:threads]
     binding = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}-{cores[-1]}", "VLLM_CPU_KVCACHE_SPACE": "1"}
     own = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

@@ -26,6 +26,7 @@ from serve.client import Client, ServerError
 
 NAME = "tiny"
 EVERY = (0.5, 3.0)  # seconds between two kills
+SLOW = 900.0  # seconds: an answer may wait for many restarts
 ALL = 0.1  # of the times, all that are there
 CLOSE = 1e-3
 
@@ -197,7 +198,7 @@ def main() -> None:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         args = {"model": folder, "name": NAME, "replicas": str(given.replicas), "cpus": "0", "max_rows": "8"}
         serve.run(build(args), name=NAME, route_prefix="/")
-        crowd, client, kills, seconds = _storm(given, Client(f"http://127.0.0.1:{port}"))
+        crowd, client, kills, seconds = _storm(given, Client(f"http://127.0.0.1:{port}", timeout=SLOW))
         moved = client.get("/stats")["models"][NAME]["moved"]
     finally:
         serve.shutdown()

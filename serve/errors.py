@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
+from serve.grammar import GrammarError
 from serve.schema import HALF, SHAPES, ChatCompletion, Completion, Detokenization, Embedding, Tokenization
 from serve.worker import Busy, Failed
 
@@ -40,6 +41,18 @@ def translate(error: Exception) -> APIError:
     message = str(error)
     name = message.partition(":")[0].partition(" ")[0].partition("=")[0]
     return APIError(400, message, name if name in _FIELDS else None)
+
+
+def broken(error: Exception) -> APIError:
+    """Of what ended a single completion."""
+    kind = GrammarError.__name__
+    if isinstance(error, GrammarError) or str(error).startswith(kind):  # from another process it comes in words
+        reason = str(error).removeprefix(f"{kind}: ")
+        return APIError(400, f"response_format: {reason}", "response_format", "grammar_too_complex")
+    message = f"a completion broke: {type(error).__name__}: {error}"
+    failure = APIError(500, " ".join(message.split()), code="completion_failed")
+    failure.__cause__ = error
+    return failure
 
 
 def invalid(errors: Sequence[dict[str, Any]]) -> APIError:

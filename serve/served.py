@@ -33,9 +33,7 @@ class Served:
     template: Template | None = None
     replica: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    grammars: Grammars | None = (
-        None  # that compile here; in this process the engine's, so that nothing is compiled twice
-    )
+    grammars: Grammars | None = None  # in the engine's process its own, so that nothing is compiled twice
 
     def __post_init__(self) -> None:
         if self.grammars is None:

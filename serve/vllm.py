@@ -21,6 +21,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from serve.engine import END, EOS, Engine, Event, Request
+from serve.grammar import Grammars
 from serve.prompts import Prompts
 from serve.sampler import Logprobs, Sampling
 from serve.text import TextStream
@@ -82,6 +83,7 @@ class VLLMEngine:
         known = [] if tokenizer is None else [tokenizer.token_to_id(end) for end in (EOS, END)]
         self.ends = sorted({*(token for token in known if token is not None), *ends})
         self.prompts = Refusing(tokenizer, config["vocab_size"], max_len)
+        self.grammars = Grammars(tokenizer, config["vocab_size"], self.ends)  # what is wrong with one is told first
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the worker's thread is what takes its steps

@@ -66,17 +66,22 @@ class Wire(asyncio.Protocol, ABC):
         self.open, self._transport = True, transport
 
     def data_received(self, data: bytes) -> None:
-        try:
-            self._unpacker.feed(data)
-            while self.open:
-                unpacker = self._unpacker
-                message = next(unpacker, None)
-                if message is None:
-                    break
-                self.received(*message)
-                if unpacker is not self._unpacker:  # what was read beyond the handshake
-                    self._unpacker.feed(unpacker.read_bytes(STRANGER_BYTES))
-        except (msgpack.exceptions.UnpackException, ValueError, TypeError):  # not our language
+        while data and self.open:
+            unpacker = self._unpacker
+            try:
+                unpacker.feed(data)
+                data = b""
+                while self._unpacker is unpacker and self.open and (message := next(unpacker, None)) is not None:
+                    self._take(message)
+                if self._unpacker is not unpacker:  # what came right behind the handshake
+                    data = unpacker.read_bytes(STRANGER_BYTES)
+            except (msgpack.exceptions.UnpackException, msgpack.exceptions.BufferFull, ValueError):
+                self.abort()
+
+    def _take(self, message: Any) -> None:
+        if isinstance(message, tuple) and message and isinstance(message[0], str):
+            self.received(*message)
+        else:  # not our language
             self.abort()
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -20,7 +20,7 @@ _DEPTH = {32: 1, 16: 32, 8: GROUP, 4: GROUP}  # columns are filled up with zeros
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight (F, D). weight: panels, as in linear.cpp. scales_PGN: of each group (P, G, 16) bf16; None above 8 bits."""
+    """A weight (F, D). weight: panels, as in linear.cpp. scales_PGN: of each group, (P, G, 16) bf16; None above."""
 
     weight: Tensor
     scales_PGN: Tensor | None

@@ -12,7 +12,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def held(model: nn.Module, dtype: str, weights: str) -> nn.Module:
     """`model`, in place, computing in `dtype` (fp32, bf16, "" for as it is), with weights as of `pack`.
 
-    weights "": packed where that changes nothing but the time, in bf16 on a CPU; fp32 stays plain. ValueError in one line.
+    weights "": packed in bf16 on a CPU, where that changes nothing but the time; else plain. ValueError in one line.
     """
     if dtype and dtype not in _DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose {', '.join(_DTYPES)}")

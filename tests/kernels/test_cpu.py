@@ -114,32 +114,32 @@ def test_small_ops(dtype):
         hold(run, inputs, dtype, name)
 
 
+@pytest.mark.parametrize("before", [0, 5, 15, 16, 31])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_token_does_not_know_how_many_come_with_it(dtype):
+def test_a_token_does_not_know_how_many_come_with_it(dtype, before):
     """Six tokens in one call and one by one, alone and beside another row: the same bits. So drafts change nothing."""
-    for before in (0, 5, 15, 16, 31):
-        k, v, q = (torch.randn(2, 48, heads, 32).to(dtype) for heads in (2, 2, 4))
-        pool_k, pool_v = torch.zeros(2, 17, 16, 2, 32, dtype=dtype)
-        table_BN = torch.randperm(16).view(2, 8) + 1
-        page_BT = table_BN.repeat_interleave(16, 1)
+    k, v, q = (torch.randn(2, 48, heads, 32).to(dtype) for heads in (2, 2, 4))
+    pool_k, pool_v = torch.zeros(2, 17, 16, 2, 32, dtype=dtype)
+    table_BN = torch.randperm(16).view(2, 8) + 1
+    page_BT = table_BN.repeat_interleave(16, 1)
 
-        def write(start, end):
-            for pool, new in ((pool_k, k), (pool_v, v)):
-                pool[page_BT[:, start:end], torch.arange(start, end) % 16] = new[:, start:end]
+    def write(start, end):
+        for pool, new in ((pool_k, k), (pool_v, v)):
+            pool[page_BT[:, start:end], torch.arange(start, end) % 16] = new[:, start:end]
 
-        def step(rows, start, end):
-            new = {"k": k[rows, start:end], "v": v[rows, start:end]}
-            length_B = torch.full((len(q[rows]),), start)
-            view = View(new, {"k": pool_k, "v": pool_v}, length_B, None, None, table_BN[rows])
-            with torch.inference_mode():
-                return attention(q[rows, start:end], view)
+    def step(rows, start, end):
+        new = {"k": k[rows, start:end], "v": v[rows, start:end]}
+        length_B = torch.full((len(q[rows]),), start)
+        view = View(new, {"k": pool_k, "v": pool_v}, length_B, None, None, table_BN[rows])
+        with torch.inference_mode():
+            return attention(q[rows, start:end], view)
 
-        write(0, before)
-        together = step(slice(0, 2), before, before + 6)
-        for t in range(6):
-            alone = step(slice(1, 2), before + t, before + t + 1)
-            assert torch.equal(alone[0, 0], together[1, t]), (before, t)
-            write(before + t, before + t + 1)
+    write(0, before)
+    together = step(slice(0, 2), before, before + 6)
+    for t in range(6):
+        alone = step(slice(1, 2), before + t, before + t + 1)
+        assert torch.equal(alone[0, 0], together[1, t]), (before, t)
+        write(before + t, before + t + 1)
 
 
 def test_what_nobody_wrote_is_never_read():

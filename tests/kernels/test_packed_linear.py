@@ -38,7 +38,9 @@ def test_it_is_the_product_with_what_is_held(weights, sizes):
         assert (error <= allowed).all()
         assert error.norm() <= 0.01 * exact.norm()
     else:
-        assert (error <= 4 * torch.finfo(dtype).eps * (x.double().abs() @ unpack(packed, torch.float64).abs().T + 1)).all()
+        assert (
+            error <= 4 * torch.finfo(dtype).eps * (x.double().abs() @ unpack(packed, torch.float64).abs().T + 1)
+        ).all()
     near = plain(x, packed, bias).double()
     assert (near - exact).norm() <= (0.01 if dtype == torch.bfloat16 else 1e-5) * exact.norm()
 

@@ -73,7 +73,11 @@ def test_dtype_and_weights_of_a_served_model():
     held = quant.held(decoder(), "", "int4")
     assert held.blocks[0].mixer.wo.weight.packed.bits == 4 and held.norm.weight.dtype == torch.float32
     assert not isinstance(quant.held(decoder(), "fp32", "").head.weight, PackedWeight)
-    for given, message in ((("fp16", ""), "dtype='fp16'"), (("", "int3"), "weights='int3'"), (("fp32", "bf16"), "dtype")):
+    for given, message in (
+        (("fp16", ""), "dtype='fp16'"),
+        (("", "int3"), "weights='int3'"),
+        (("fp32", "bf16"), "dtype"),
+    ):
         with pytest.raises(ValueError, match=message) as caught:
             quant.held(decoder(), *given)
         assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What the OpenAI client asks of a server besides plain text: forms, embeddings, usage, tokens; and what operators ask."""
+"""What clients ask of a server besides plain text: forms, embeddings, usage, tokens; and what operators ask."""
 
 import json
 
@@ -9,10 +9,13 @@ import torch
 from starlette.testclient import TestClient
 
 from serve.api import Served, Service, create_app
-from serve.engine import Engine
+from serve.engine import Engine, Event
+from serve.errors import broken
+from serve.grammar import GrammarError
 from serve.limits import Limits
 from serve.sampler import Sampling
 from serve.template import Template
+from serve.wire import pack_events, unpack_event
 from serve.worker import Worker
 
 MESSAGES = [{"role": "user", "content": "def f"}]
@@ -175,3 +178,14 @@ def test_a_completion_is_cut_off_when_its_time_is_over(decoder, tokenizer):
     assert [choice["finish_reason"] for choice in choices] == ["deadline"] * 2
     assert choices[0]["text"] and not choices[1]["text"]
     worker.stop()
+
+
+def test_a_grammar_that_proves_too_complex_on_the_way(http):
+    """It is the request that is at fault, also when the engine is in another process."""
+    body = {"model": "tiny", "prompt": "a", "max_tokens": 200, "structured_outputs": {"regex": "(a{1000}){1000}b"}}
+    answer = http.post("/v1/completions", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "grammar_too_complex") and "too complex" in error["message"]
+    sent = pack_events([(1, Event(1, None, "", "error", error=GrammarError("the grammar is too complex here")))])
+    there = broken(unpack_event(sent[0]).error)
+    assert (there.status, there.code) == (400, "grammar_too_complex") and "GrammarError" not in there.message

@@ -1,4 +1,4 @@
-"""Clients that mean harm or break, over real sockets: each is told or dropped, and a stream beside them is unchanged."""
+"""Clients that mean harm or break, over real sockets: each is told or dropped; a stream beside them is unchanged."""
 
 import http.client
 import json

@@ -24,7 +24,7 @@ class Server:
 
     def __init__(self, port: int, folder: str) -> None:
         self.url, self.folder = f"http://127.0.0.1:{port}", folder
-        self.client = Client(self.url, KEY)
+        self.client = Client(self.url, KEY, timeout=600)
 
     def deploy(self, **args: str) -> None:
         from ray import serve
@@ -42,7 +42,7 @@ class Server:
     def numbers(self, name: str = NAME) -> dict:
         return self.client.get("/stats")["models"][name]
 
-    def until(self, condition, seconds: float = 60) -> None:
+    def until(self, condition, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end
@@ -99,7 +99,7 @@ def during(server, action) -> list:
         answers = pool.submit(server.answers)
         server.until(lambda: server.numbers()["running"] > 2)
         action()
-        got = answers.result(120)
+        got = answers.result(600)
     assert server.numbers()["moved"] > before
     return got
 

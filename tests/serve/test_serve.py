@@ -207,7 +207,7 @@ def test_clients_that_go_away_free_their_rows(client, url, stream, chat):
             ask(client.with_options(timeout=0.7))
     start = time.monotonic()
     while (found := scrape(url))[cancelled] < before + 2 or found[running]:
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 120
         time.sleep(0.05)
     assert client.completions.create(model="tiny", prompt="a", max_tokens=5).choices
 

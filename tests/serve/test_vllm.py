@@ -56,12 +56,13 @@ def server(llama, tokenizer, tmp_path_factory):
         line = next((line for line in process.stdout if line.startswith("{")), "")
         assert line, "the server ended before it began"
         url = f"http://127.0.0.1:{port}"
-        for _ in range(200):
+        while process.poll() is None:
             try:
                 urllib.request.urlopen(f"{url}/health").close()
                 break
             except OSError:
                 time.sleep(0.05)
+        assert process.poll() is None, "the server ended before it answered"
         yield url, json.loads(line)
     finally:
         process.kill()
