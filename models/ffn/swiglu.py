@@ -7,6 +7,7 @@ before the last projection keeps its inputs small, as in 2504.12285 (BitNet b1.5
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 import kernels
@@ -42,8 +43,8 @@ class SwiGLU(Stateful):
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         gate, up = self.wi(x_BTD).chunk(2, -1)
-        if self.config.activation == "silu":
-            hidden = kernels.swiglu(gate, up)
+        if self.config.activation == "silu" and torch.is_inference_mode_enabled():
+            hidden = kernels.swiglu(gate, up)  # one pass, where a pass is what counts
         else:
             hidden = activate(gate, self.config.activation) * up
         return self.wo(self.hidden_norm(hidden)), state

@@ -14,7 +14,7 @@ RECORDED = ["gqa", "sliding_window", "hybrid"]
 
 def served(model, after, **options):
     engine = Engine(model, max_rows=4, max_len=96, **options)
-    engine.call.replay.after = after
+    engine.call.replay.after, engine.call.replay.aside = after, False
     return engine
 
 
@@ -26,7 +26,7 @@ def answers(engine):
 
 
 def tapes(engine):
-    return list(engine.call.replay._tapes.values())
+    return list(engine.call.replay.tapes.values())
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -56,7 +56,7 @@ def test_drafts_are_played_too():
     played = served(model, 1, drafter=prophet)
     played.speculation.width.choose = lambda rates: prophet.widest
     assert [result.tokens for result in played.generate(prompts, sampling)] == plain
-    kinds = played.call.replay._tapes
+    kinds = played.call.replay.tapes
     drafted = [tape for (_, _, whole, keep, _), tape in kinds.items() if keep and whole]
     assert drafted and all(drafted)  # rows of different lengths are padded, which this model's kernels look at
     assert prophet.proposed > played.speculation.accepted > 0
@@ -72,3 +72,13 @@ def test_packed_weights_are_played_and_do_not_depend_on_the_batch(weights):
     for i in (1, 4):
         sampling = Sampling(max_tokens=10 + 4 * i, temperature=i % 2, seed=i, ignore_eos=True)
         assert served(model, 1).generate([prompts[i]], sampling)[0].tokens == together[i], i
+
+
+def test_calls_go_on_while_one_is_recorded():
+    torch.manual_seed(0)
+    model = models.build("hybrid")
+    engine = served(model, 2)
+    engine.call.replay.aside = True
+    assert answers(engine) == answers(served(model, 10**9))
+    assert all(tapes(engine)) and len(tapes(engine)) >= 2
+    assert answers(engine) == answers(served(model, 10**9))
