@@ -5,7 +5,7 @@
 RUN is the name of a run under EDIFICE_HOME/runs or its folder, DIR a model folder; a tokenizer_config.json or a
 chat_template.jinja in it says how chats become prompts and which further token ends a completion. Replicas keep to the
 checkpoint that is the newest when this command runs. predict= names models that answer whole inputs, under
-/predict/NAME (`serve.predictions`). Further arguments of each model, with their defaults:
+/predict/NAME (`serve.http.predictions`). Further arguments of each model, with their defaults:
 
     replicas=1 most_replicas=        processes, and how many there may be when there is more to do
     cpus=1 gpus=0 stall=10           of each; seconds of a step after which it is wedged and replaced
@@ -20,9 +20,10 @@ checkpoint that is the newest when this command runs. predict= names models that
 
 `models=` takes a JSON list of tables with these instead, `gateways=1` says how many processes answer HTTP.
 
-A gateway (`serve.gateway`) answers HTTP, replicas (`serve.replica`) hold one engine each. most_replicas lets Ray Serve
-start more of them, up to so many, when there are more than max_rows requests for each. EDIFICE_API_KEYS, comma
-separated, is read where this command runs; keys= names a file of keys with limits (`serve.keys`).
+A gateway (`serve.replicas.gateway`) answers HTTP, replicas (`serve.replicas.replica`) hold one engine each.
+most_replicas lets Ray Serve start more of them, up to so many, when there are more than max_rows requests for each.
+EDIFICE_API_KEYS, comma separated, is read where this command runs; keys= names a file of keys with limits
+(`serve.http.keys`).
 """
 
 import json
@@ -36,10 +37,10 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from cluster import folder, storage
-from serve.directory import Directory, Model
-from serve.gateway import Gateway
-from serve.predictors import PredictReplica
-from serve.replica import Replica
+from serve.replicas.directory import Directory, Model
+from serve.replicas.gateway import Gateway
+from serve.replicas.predictors import PredictReplica
+from serve.replicas.replica import Replica
 
 ENGINE = ("engine", "max_rows", "max_len", "memory_bytes", "chunk")  # what every engine takes
 OURS = ("dtype", "weights", "draft", "prefix_cache", "isolated", "preempt")  # and `serve.engine.load` besides
@@ -83,7 +84,7 @@ class Arguments(Options):
 
 def build(args: dict[str, Any]) -> Application:
     """The application for `serve run`. A wrong argument is one line, before Ray does anything."""
-    from serve import keys
+    from serve.http import keys
 
     arguments = _validated(Arguments, args)
     models = [located(options) for options in _models(arguments, args)]
@@ -119,7 +120,7 @@ def replicas(model: Model, options: Options, directory: Application | Deployment
             look_back_period_s=15,
             upscale_delay_s=10,
             downscale_delay_s=120,
-            policy=AutoscalingPolicy(policy_function="serve.scaling:by_requests"),
+            policy=AutoscalingPolicy(policy_function="serve.replicas.scaling:by_requests"),
         )
     deployment = Replica.options(
         name=f"Replica {model.name}",

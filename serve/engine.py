@@ -434,7 +434,7 @@ def load(
     """The engine of a run (its newest checkpoint) or a model folder. One line of ValueError when it is not one.
 
     dtype: what is computed in, fp32 or bf16; "" for what is stored. weights: how linear weights are held, fp32, bf16,
-    int8 or int4 as of `models.quant.pack`; "" packs bf16 on a CPU, where it is faster and never worse, and nothing else.
+    int8 or int4 as of `models.quant.pack`; "" packs bf16 on a CPU, where it is faster and no worse, and nothing else.
     The `eos_token` of a tokenizer_config.json in it is an end token too. draft: as of `serve.drafters.make`.
     """
     from cluster import folder

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from models.model import Batch, Input, Model
-from serve import tensors
+from serve.http import tensors
 from serve.worker import Busy, Failed
 
 

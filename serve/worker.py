@@ -1,8 +1,9 @@
 """The bridge between the engine, which lives in a thread of its own, and asyncio, which must never wait for it.
 
 Commands go to the thread through a queue and are done between two steps. All events of a step for one listener come
-back in one wake-up of its event loop: a call of one HTTP request, or the connection of a gateway (`serve.port`), which
-has many requests. A call closed early, because its client went away, cancels what is left of it.
+back in one wake-up of its event loop: a call of one HTTP request, or the connection of a gateway
+(`serve.replicas.port`), which has many requests. A call closed early, because its client went away, cancels what is
+left of it.
 """
 
 import asyncio
@@ -42,7 +43,7 @@ class Answers(Protocol):
 
 class Backend(Protocol):
     """What answers the requests for a model: an engine in this process (`Worker`) or replicas elsewhere
-    (`serve.remote`)."""
+    (`serve.replicas.remote`)."""
 
     def check(self) -> None:
         """Raises Failed while nothing can be answered."""

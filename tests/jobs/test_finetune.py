@@ -215,9 +215,9 @@ def test_it_starts_from_the_given_weights_and_learns(tuned, prepared):
 
 
 def test_what_was_learnt_is_served_and_ends(tuned, tokens):
-    from serve.template import Template
     from serve.engine import load
     from serve.sampler import Sampling
+    from serve.template import Template
 
     engine = load(str(tuned), max_rows=4, max_len=128)
     chat = Template.load(str(tuned), engine.tokenizer)

@@ -7,8 +7,8 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
-from serve.api import Served, Service, create_app
 from serve.engine import Engine
+from serve.http.api import Served, Service, create_app
 from serve.worker import Worker
 
 HERE = ("127.0.0.1", 1234)

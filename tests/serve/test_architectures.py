@@ -10,10 +10,10 @@ import uvicorn
 
 import models
 from models import registry
-from serve.api import create_app
+from serve.drafters.ngram import NGram
 from serve.engine import Engine
-from serve.ngram import NGram
-from serve.served import Served, Service
+from serve.http.api import create_app
+from serve.http.served import Served, Service
 from serve.worker import Worker
 
 KINDS = ("mixer", "pattern", "ffn", "block", "head", "position", "score", "cache")

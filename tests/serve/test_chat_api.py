@@ -4,8 +4,8 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from serve.api import Served, Service, create_app
 from serve.engine import Engine
+from serve.http.api import Served, Service, create_app
 from serve.sampler import Sampling
 from serve.template import Template
 from serve.worker import Worker

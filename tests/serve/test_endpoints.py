@@ -8,14 +8,14 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from serve.api import Served, Service, create_app
 from serve.engine import Engine, Event
-from serve.errors import broken
 from serve.grammar import GrammarError
-from serve.limits import Limits
+from serve.http.api import Served, Service, create_app
+from serve.http.errors import broken
+from serve.http.limits import Limits
+from serve.replicas.wire import pack_events, unpack_event
 from serve.sampler import Sampling
 from serve.template import Template
-from serve.wire import pack_events, unpack_event
 from serve.worker import Worker
 
 MESSAGES = [{"role": "user", "content": "def f"}]

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from serve.engine import Engine, Request
-from serve.port import Port
-from serve.remote import DEATHS, Address, Remote
+from serve.replicas.port import Port
+from serve.replicas.remote import DEATHS, Address, Remote
 from serve.sampler import Sampling
 from serve.worker import Busy, Failed, Worker
 

@@ -7,9 +7,9 @@ import jsonschema
 import pytest
 
 from serve import grammar
+from serve.drafters.ngram import NGram
 from serve.engine import Engine, Request
 from serve.grammar import GrammarError, Grammars
-from serve.ngram import NGram
 from serve.sampler import Sampling
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}, "y": {"type": "integer"}}, "required": ["x", "y"]}

@@ -10,9 +10,9 @@ from contextlib import ExitStack
 import pytest
 import uvicorn
 
-from serve.api import Served, Service, create_app
 from serve.engine import Engine
-from serve.limits import Limits
+from serve.http.api import Served, Service, create_app
+from serve.http.limits import Limits
 from serve.sampler import Sampling
 from serve.template import Template
 from serve.worker import Worker

@@ -3,10 +3,10 @@
 import pytest
 from starlette.testclient import TestClient
 
-from serve.api import create_app
 from serve.engine import Engine
-from serve.keys import Bucket, Caller, Key, Keys, caller, digest, plain, read
-from serve.served import Served, Service
+from serve.http.api import create_app
+from serve.http.keys import Bucket, Caller, Key, Keys, caller, digest, plain, read
+from serve.http.served import Served, Service
 from serve.worker import Worker
 
 HERE, FAR = ("127.0.0.1", 1234), ("192.0.2.1", 1234)

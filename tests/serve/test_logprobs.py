@@ -10,9 +10,9 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer, decoders
 from tokenizers import models as token_models
 
-from serve.api import Served, Service, create_app
 from serve.engine import Engine
-from serve.logprobs import Speller
+from serve.http.api import Served, Service, create_app
+from serve.http.logprobs import Speller
 from serve.sampler import Sampling, sample
 from serve.template import Template
 from serve.worker import Worker

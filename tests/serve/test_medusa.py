@@ -5,9 +5,9 @@ import torch
 
 import models
 from models.state import bytes_per_token
+from serve.drafters.medusa import SIZES, MedusaHeads
+from serve.drafters.mtp import MTPHeads
 from serve.engine import Engine
-from serve.medusa import SIZES, MedusaHeads
-from serve.mtp import MTPHeads
 from serve.sampler import Sampling
 from serve.width import Rate, Width
 

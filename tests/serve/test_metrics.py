@@ -7,9 +7,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from serve.api import Served, Service, create_app
 from serve.engine import Engine
-from serve.metrics import FINISHED, REFUSED
+from serve.http.api import Served, Service, create_app
+from serve.http.metrics import FINISHED, REFUSED
 from serve.worker import Worker
 
 

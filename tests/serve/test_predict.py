@@ -11,10 +11,11 @@ import torch
 from starlette.testclient import TestClient
 
 import models
-from serve import predict, tensors
-from serve.api import create_app
+from serve import predict
+from serve.http import tensors
+from serve.http.api import create_app
+from serve.http.served import Service
 from serve.predict import Predictor
-from serve.served import Service
 from serve.worker import Busy, Failed
 
 NAMES = [name for name in models.names() if "predict" in models.card(name)["supports"]]

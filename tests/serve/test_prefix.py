@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import models
+from serve.drafters.ngram import NGram
 from serve.engine import Engine, Request
-from serve.ngram import NGram
 from serve.sampler import Sampling
 
 STATES = {

@@ -2,7 +2,7 @@
 
 import random
 
-from serve.router import BLOCK, Router
+from serve.replicas.router import BLOCK, Router
 
 CHATS = [[user * 1000 + token for token in range(BLOCK * 4)] for user in range(12)]
 
@@ -65,7 +65,7 @@ def test_without_a_prefix_two_are_compared():
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr("serve.router.REMEMBERED", 8)
+    monkeypatch.setattr("serve.replicas.router.REMEMBERED", 8)
     router = Router()
     for chat in CHATS:
         router.choose(chat, {"a": 0})

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
-from serve.api import Served, Service, create_app
 from serve.engine import Engine
+from serve.http.api import Served, Service, create_app
 from serve.template import Template
 from serve.worker import Worker
 

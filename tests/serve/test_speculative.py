@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 import models
-from serve.draft import DraftModel
+from serve.drafters.draft import DraftModel
+from serve.drafters.ngram import NGram
 from serve.engine import Engine
-from serve.ngram import NGram
 from serve.sampler import Sampling
 from serve.speculative import Draft
 from serve.width import PROBE, Chains, Rate, Width

@@ -17,11 +17,11 @@ import pytest
 import torch
 import uvicorn
 
-from serve.api import create_app
 from serve.chat import harmless
 from serve.engine import Engine
+from serve.http.api import create_app
+from serve.http.served import Served, Service
 from serve.sampler import Sampling
-from serve.served import Served, Service
 from serve.template import Template
 from serve.worker import Worker
 

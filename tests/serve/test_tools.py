@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from serve.api import Served, Service, create_app
 from serve.engine import Engine
+from serve.http.api import Served, Service, create_app
+from serve.http.tools import Calls
 from serve.template import Template
-from serve.tools import Calls
 from serve.worker import Worker
 
 WEATHER = {

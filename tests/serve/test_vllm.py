@@ -186,5 +186,5 @@ def test_models_that_vllm_has_not(model_folder):
 
 
 def test_it_is_imported_only_when_asked_for():
-    code = "import sys, serve.api, serve.vllm; sys.exit('vllm' in sys.modules)"
+    code = "import sys, serve.http.api, serve.vllm; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

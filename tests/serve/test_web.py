@@ -16,12 +16,12 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 
 import models
-from serve import pages
-from serve.api import create_app
+from serve.drafters.ngram import NGram
 from serve.engine import Engine
-from serve.ngram import NGram
+from serve.http import pages
+from serve.http.api import create_app
+from serve.http.served import Served, Service
 from serve.sampler import Sampling
-from serve.served import Served, Service
 from serve.template import Template
 from serve.worker import Worker
 

@@ -10,10 +10,10 @@ from dataclasses import asdict
 import uvicorn
 
 from serve import vllm
-from serve.api import create_app
 from serve.engine import Request
+from serve.http.api import create_app
+from serve.http.served import Served, Service
 from serve.sampler import Sampling
-from serve.served import Served, Service
 from serve.template import Template
 from serve.worker import Worker
 

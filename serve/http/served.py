@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from serve.grammar import Grammars
-from serve.keys import Key
-from serve.limits import Limits
-from serve.logprobs import Speller
-from serve.metrics import Metrics
+from serve.http.keys import Key
+from serve.http.limits import Limits
+from serve.http.logprobs import Speller
+from serve.http.metrics import Metrics
 from serve.predict import Predicts
 from serve.prompts import Prompts
 from serve.template import Template

@@ -5,15 +5,15 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from serve import tools
-from serve.answers import Answer
 from serve.engine import Event
-from serve.errors import APIError, translate
-from serve.limits import Limits
-from serve.logprobs import of_chat
-from serve.schema import ChatCompletion, Tool, Turn, plain
-from serve.served import Served
-from serve.tools import Calls, Piece
+from serve.http import tools
+from serve.http.answers import Answer
+from serve.http.errors import APIError, translate
+from serve.http.limits import Limits
+from serve.http.logprobs import of_chat
+from serve.http.schema import ChatCompletion, Tool, Turn, plain
+from serve.http.served import Served
+from serve.http.tools import Calls, Piece
 
 
 class ChatAnswer(Answer):

@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve.errors import APIError
+from serve.http.errors import APIError
 
 FORWARDED = ("forwarded", "x-forwarded-for", "x-real-ip")  # a proxy tells for whom it asks: not for this machine
 

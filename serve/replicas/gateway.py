@@ -12,7 +12,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from serve.directory import Model, News, Place
+from serve.replicas.directory import Model, News, Place
 
 
 @serve.deployment(max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=600)
@@ -20,7 +20,7 @@ from serve.directory import Model, News, Place
 class Gateway:
     """models: that are there from the beginning. replicas: of theirs, which Ray Serve starts with this application.
 
-    predictors: by name, the replicas of models that predict (`serve.predictors`).
+    predictors: by name, the replicas of models that predict (`serve.replicas.predictors`).
     """
 
     async def __init__(
@@ -31,8 +31,8 @@ class Gateway:
         replicas: Sequence[DeploymentHandle],
         predictors: Mapping[str, DeploymentHandle],
     ) -> None:
-        from serve.predictors import RemotePredictor
-        from serve.served import Service
+        from serve.http.served import Service
+        from serve.replicas.predictors import RemotePredictor
 
         self.directory, self.first = directory, {model.name for model in models}
         self.known: dict[str, Model] = {}
@@ -43,8 +43,8 @@ class Gateway:
         self._watching = asyncio.create_task(self._watch())
 
     def __serve_build_asgi_app__(self) -> Any:
-        from serve import admin
-        from serve.api import create_app
+        from serve.http import admin
+        from serve.http.api import create_app
 
         app = create_app(self.service)
         app.include_router(admin.routes(self.service, self.first, self.directory))
@@ -86,7 +86,7 @@ class Gateway:
         self.service.models.pop(name).backend.retire()
 
     async def _connect(self, place: Place) -> None:
-        from serve.remote import Address
+        from serve.replicas.remote import Address
 
         backend = self.service.models[place.model.name].backend
         with contextlib.suppress(OSError, TimeoutError):  # gone again; if not, the directory says so once more
@@ -98,9 +98,9 @@ def _served(model: Model, gateway: str) -> Any:
     from tokenizers import Tokenizer
 
     from cluster import folder
+    from serve.http.served import Served
     from serve.prompts import Prompts
-    from serve.remote import Remote
-    from serve.served import Served
+    from serve.replicas.remote import Remote
     from serve.template import Template
     from serve.vllm import Refusing
 

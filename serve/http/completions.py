@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from serve.answers import Answer
 from serve.engine import Event
-from serve.logprobs import of_completion
-from serve.schema import Completion
+from serve.http.answers import Answer
+from serve.http.logprobs import of_completion
+from serve.http.schema import Completion
 
 
 class CompletionAnswer(Answer):

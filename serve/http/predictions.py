@@ -10,8 +10,8 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from models.model import Batch, Input
-from serve import tensors
-from serve.errors import APIError, translate
+from serve.http import tensors
+from serve.http.errors import APIError, translate
 from serve.predict import Predicts
 from serve.worker import Busy, Failed
 

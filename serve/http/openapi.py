@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from serve.served import Service
+from serve.http.served import Service
 
 
 def describe(app: FastAPI, service: Service) -> None:

@@ -1,9 +1,9 @@
 """OpenAI's HTTP API over the models of a service: completions and chat completions (whole or as server-sent events),
 embeddings, models, tokens, and beside it /health, /ready, /version and /metrics.
 
-`create_app(service)` is a plain ASGI application; Ray Serve runs it in `serve.gateway`. Every error has OpenAI's shape.
-Who may come in is told in `serve.keys`, how much one may send in `serve.limits`. What the API is, is told at
-/openapi.json.
+`create_app(service)` is a plain ASGI application; Ray Serve runs it in `serve.replicas.gateway`. Every error has
+OpenAI's shape. Who may come in is told in `serve.http.keys`, how much one may send in `serve.http.limits`. What the API
+is, is told at /openapi.json.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -15,18 +15,18 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.exceptions import HTTPException
 
-from serve import pages, predictions, tokens
-from serve.answers import Answer, Reply
-from serve.chats import ChatAnswer
-from serve.completions import CompletionAnswer
-from serve.embeddings import embed
-from serve.errors import APIError, invalid, translate
-from serve.flow import Flow
-from serve.keys import Guard, Keys
-from serve.limits import Limit
-from serve.metrics import exposition
-from serve.openapi import describe
-from serve.replies import (
+from serve.http import pages, predictions, tokens
+from serve.http.answers import Answer, Reply
+from serve.http.chats import ChatAnswer
+from serve.http.completions import CompletionAnswer
+from serve.http.embeddings import embed
+from serve.http.errors import APIError, invalid, translate
+from serve.http.flow import Flow
+from serve.http.keys import Guard, Keys
+from serve.http.limits import Limit
+from serve.http.metrics import exposition
+from serve.http.openapi import describe
+from serve.http.replies import (
     ChatReply,
     CompletionReply,
     EmbeddingReply,
@@ -39,8 +39,8 @@ from serve.replies import (
     Version,
     errors,
 )
-from serve.schema import ChatCompletion, Completion, Detokenization, Embedding, Tokenization
-from serve.served import Served, Service
+from serve.http.schema import ChatCompletion, Completion, Detokenization, Embedding, Tokenization
+from serve.http.served import Served, Service
 from serve.worker import Failed
 
 __all__ = ["Served", "Service", "create_app"]

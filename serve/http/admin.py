@@ -14,8 +14,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from serve.app import Options, located, replicas
-from serve.errors import APIError
-from serve.served import Service
+from serve.http.errors import APIError
+from serve.http.served import Service
 
 HERE_SECONDS = 30.0  # in which a gateway finds the replicas of a model that was loaded
 

@@ -2,11 +2,11 @@
 
 import asyncio
 
-from serve.chats import encode
-from serve.errors import translate
-from serve.replies import Text, Tokens
-from serve.schema import Detokenization, Tokenization
-from serve.served import Served
+from serve.http.chats import encode
+from serve.http.errors import translate
+from serve.http.replies import Text, Tokens
+from serve.http.schema import Detokenization, Tokenization
+from serve.http.served import Served
 
 
 async def tokenize(served: Served, body: Tokenization) -> Tokens:

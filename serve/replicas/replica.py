@@ -1,7 +1,7 @@
 """A replica: one engine in a thread, behind a port for gateways. It speaks no HTTP.
 
 Ray Serve starts it, asks whether it is healthy, and replaces it. What it computes moves elsewhere when it goes
-(`serve.remote`), so it may be killed at any time.
+(`serve.replicas.remote`), so it may be killed at any time.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
-from serve.directory import ANNOUNCE_SECONDS, Model, Place
+from serve.replicas.directory import ANNOUNCE_SECONDS, Model, Place
 
 DRAIN_SECONDS = 20.0  # for requests to move, or to end when there is nowhere to move to
 
@@ -30,7 +30,7 @@ class Replica:
     async def __init__(
         self, model: Model, directory: DeploymentHandle, waiting: int, stall: float, options: dict[str, Any]
     ) -> None:
-        from serve.port import Port
+        from serve.replicas.port import Port
 
         self.worker = await asyncio.to_thread(_start, model, waiting, stall, options)
         about = {"longest": self.worker.engine.prompts.longest, "limit": self.worker.limit}

@@ -11,19 +11,19 @@ def make(name: str, model: Decoder, max_rows: int, max_len: int) -> Drafter | No
     if name == "off":
         return None
     if name == "ngram":
-        from serve.ngram import NGram
+        from serve.drafters.ngram import NGram
 
         return NGram()
     if name == "medusa":
-        from serve.medusa import MedusaHeads
+        from serve.drafters.medusa import MedusaHeads
 
         return MedusaHeads(model)
     if name == "mtp":
-        from serve.mtp import MTPHeads
+        from serve.drafters.mtp import MTPHeads
 
         return MTPHeads(model, max_rows, max_len)
     from models import hub
-    from serve.draft import DraftModel
+    from serve.drafters.draft import DraftModel
 
     try:
         draft = hub.load(hub.locate(name))

@@ -17,8 +17,8 @@ from typing import Any
 
 from serve.engine import Event, Request
 from serve.prompts import Prompts
-from serve.router import Router
-from serve.wire import Wire, nonce, pack_request, proof, proves, unpack_event
+from serve.replicas.router import Router
+from serve.replicas.wire import Wire, nonce, pack_request, proof, proves, unpack_event
 from serve.worker import Busy, Failed, Inbox
 
 SILENT_SECONDS = 8.0  # a replica speaks every second

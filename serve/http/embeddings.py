@@ -6,12 +6,12 @@ import struct
 from contextlib import closing
 from typing import Any
 
-from serve import keys
 from serve.engine import Request
-from serve.errors import APIError, translate
+from serve.http import keys
+from serve.http.errors import APIError, translate
+from serve.http.schema import Embedding
+from serve.http.served import Served
 from serve.sampler import Sampling
-from serve.schema import Embedding
-from serve.served import Served
 from serve.worker import Busy, Failed
 
 _NOTHING = Sampling(max_tokens=1, temperature=0.0)

@@ -13,7 +13,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from serve.served import Service
+from serve.http.served import Service
 
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 FILES = {path.name: path for path in (Path(__file__).parent / "web").iterdir() if path.suffix in _TYPES}

@@ -9,7 +9,7 @@ import secrets
 from typing import Any
 
 from serve.engine import Event
-from serve.wire import Wire, nonce, pack_events, proof, proves, unpack_request
+from serve.replicas.wire import Wire, nonce, pack_events, proof, proves, unpack_request
 from serve.worker import Failed, Worker
 
 PULSE_SECONDS = 1.0

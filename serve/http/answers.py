@@ -1,5 +1,5 @@
 """What one call of an endpoint gets: a whole answer or a stream of chunks. What the endpoints share is here; their
-words are in `serve.completions` and `serve.chats`.
+words are in `serve.http.completions` and `serve.http.chats`.
 
 An answer takes its requests in when it is opened, so that whatever can be refused is refused with a status. It is
 closed when its client has it or has gone away, and then nothing of it goes on. What takes long, encoding prompts and
@@ -17,16 +17,17 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from serve import grammar, keys
+from serve import grammar
 from serve.engine import Event, Request
-from serve.errors import APIError, broken, translate
-from serve.flow import Flow
 from serve.grammar import GrammarError
-from serve.limits import Limits
-from serve.metrics import Watch
+from serve.http import keys
+from serve.http.errors import APIError, broken, translate
+from serve.http.flow import Flow
+from serve.http.limits import Limits
+from serve.http.metrics import Watch
+from serve.http.schema import Body
+from serve.http.served import Served
 from serve.sampler import Sampling
-from serve.schema import Body
-from serve.served import Served
 from serve.worker import Busy, Failed
 
 _write = json.JSONEncoder(separators=(",", ":")).encode

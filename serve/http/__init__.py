@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API over any engine: plain ASGI, no Ray and no weights."""
