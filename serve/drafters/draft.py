@@ -32,7 +32,8 @@ class DraftModel(Chains):
         if not 1 <= widest <= DRAFT:
             raise ValueError(f"draft model: widest={widest}: must be from 1 to {DRAFT}")
         self.model, self.widest, self.chunk = model.eval(), widest, chunk
-        self.memory = StateMemory(model.state_spec(max_len), max_rows, max_len, device=model.embedding.weight.device)
+        room = max_len + widest  # guesses for a row that is nearly full reach past its end
+        self.memory = StateMemory(model.state_spec(room), max_rows, room, device=model.embedding.weight.device)
         self._call = Step(model, self.memory)
         self._followers: dict[int, Sequence] = {}  # by the id of the sequence each follows
 

@@ -75,6 +75,16 @@ def test_a_draft_of_its_own_model_is_always_right_also_at_temperature():
     assert drafted.speculation.accepted == drafted.speculation.drafted > 100
 
 
+def test_a_draft_model_guesses_up_to_the_last_token_that_fits():
+    torch.manual_seed(1)
+    model = models.build("gqa")
+    sampling = [Sampling(max_tokens=32 - len(prompt), temperature=0, ignore_eos=True) for prompt in PROMPTS]
+    plain = engine(model, max_len=32).generate(PROMPTS, sampling)
+    drafted = engine(model, DraftModel(model, 4, 32), max_len=32)
+    assert [r.tokens for r in drafted.generate(PROMPTS, sampling)] == [r.tokens for r in plain]
+    assert drafted.speculation.accepted == drafted.speculation.drafted > 0
+
+
 def test_logprobs_penalties_and_stops_are_those_of_plain_decoding():
     torch.manual_seed(1)
     model = models.build("gqa")
