@@ -26,9 +26,10 @@ slow: .venv/ready  ## larger shapes and longer runs, and more draws of the sizes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n 2
 	OMP_NUM_THREADS=1 DRAWS=8 $(BIN)/python -m pytest tests/models --ignore tests/models/test_contract.py -m 'not slow' -n 2
 
-bench: .venv/ready  ## kernels and serving on this machine: correct, how fast, how far from the limits; OPS="attention rnn" picks
+bench: .venv/ready  ## this machine: the kernels, serving beside its peers, speculation; OPS="attention rnn" picks kernels
 	$(BIN)/python -m kernels.bench $(OPS)
 	$(if $(OPS),,$(BIN)/python -m serve.bench)
+	$(if $(OPS),,$(BIN)/python -m jobs.speculation)
 
 chaos: .venv/ready  ## a server under load, its replicas killed 200 times: no stream may break, no byte may differ
 	OMP_NUM_THREADS=1 $(BIN)/python -m serve.chaos $(if $(KILLS),--kills $(KILLS))

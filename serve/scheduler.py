@@ -200,7 +200,7 @@ class Scheduler:
         start = trail.start if trail is not None and sequence.offload is None else None
         # A page for each running sequence stays free, or the newcomer would soon be sent back.
         row = self.memory.allocate(len(sequence.tokens), spare=True, start=start)
-        if row is None and start is not None and not self.running:  # what it would begin with is all that is in the way
+        if row is None and trail is not None and not self.running:  # what the trail pins is all that is in the way
             self.cache.end(trail)
             trail, start = self.cache.begin((), self._salt(sequence)), None
             row = self.memory.allocate(len(sequence.tokens))

@@ -118,6 +118,14 @@ class Step:
         x_BTD, at, state = self.model.hidden(ids_BT, state, segments_BT, keep, parents_BT=parents_BT)
         return Call(parts, x_BTD, self._logits(x_BTD, at, ids_BT, wanted), state, self.memory)
 
+    def onward(self, ids_B1: Tensor, state: State) -> tuple[Tensor, State]:
+        """Logits (B, C) after one more token of each row, and the state then, which is the caller's to keep or drop."""
+        played = self.replay(ids_B1, state, None, 0, None)
+        if played is not None:
+            return played[3][:, 0], played[2]
+        x_B1D, at, state = self.model.hidden(ids_B1, state)
+        return self.model.head(x_B1D, at)[0][:, 0], state
+
     def _picked(self, logits_BTC: Tensor, wanted: list[tuple[int, int]]) -> Tensor | None:
         """Logits at the wanted places, (N, C), in their order."""
         if not wanted:

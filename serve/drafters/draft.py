@@ -48,9 +48,9 @@ class DraftModel(Chains):
         for step in range(1, width):
             ids_B1 = torch.tensor([[guess[-1]] for guess in guesses], device=memory.device)
             state = memory.take(rows) if state is None else state
-            x_B1D, at, state = self.model.hidden(ids_B1, state)
+            logits_BC, state = self._call.onward(ids_B1, state)
             positions = [sequences[index].generated + step for index, _, _ in ready]
-            for guess, token in zip(guesses, sample(self.model.head(x_B1D, at)[0][:, 0], samplings, positions)):
+            for guess, token in zip(guesses, sample(logits_BC, samplings, positions)):
                 guess.append(token)
         for (index, _, _), guess in zip(ready, guesses):
             drafts[index] = Draft.chain(guess)

@@ -107,6 +107,16 @@ def test_preemption_changes_no_token(model, preempt):
     assert served == known if preempt == "offload" else served > known + 100
 
 
+def test_what_was_kept_outside_comes_back_where_the_cache_holds_its_pages(model):
+    """All the pages there are belong to one row, and the cache has kept its beginning: both do not fit."""
+    engine = Engine(model, max_rows=1, max_len=20, page=4, preempt="offload")
+    low = engine.submit(Request([*range(13)], greedy(7), priority=1))
+    for _ in range(2):
+        engine.step()
+    high = engine.submit(Request([7], greedy(1), priority=0))
+    assert ended(engine, steps=40) == [high, low] and engine.scheduler.preemptions > 0
+
+
 def test_deadlines_end_requests_wherever_they_are(model, monkeypatch):
     now = 0.0
     monkeypatch.setattr(serve.engine, "monotonic", lambda: now)
