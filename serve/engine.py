@@ -134,7 +134,7 @@ class Engine:
         self.memory = StateMemory(spec, max_rows, max_len, memory_bytes, page, self.device, sharing=prefix_cache)
         self.cache = PrefixCache(self.memory) if prefix_cache else None
         self.pace = Pace(chunk)
-        self.call = Step(self.model, self.memory)
+        self.call = Step(self.model, self.memory, trees=drafter is not None and drafter.trees)
         self.speculation = None if drafter is None else Speculation(drafter)
         self.scheduler = Scheduler(
             self.memory, self.pace, self.cache, preempt == "offload", isolated, on_preempt=self._forget
@@ -231,19 +231,20 @@ class Engine:
                 begin = perf_counter()
                 call = self.call(group)
                 events += self._finish(call)
-                self._timed(group, perf_counter() - begin)
+                self._timed(call, perf_counter() - begin)
             work, drafts = self.scheduler.rest(), {}
         self.pace.stepped(perf_counter() - begun)
         return events
 
-    def _timed(self, group: list[Part], seconds: float) -> None:
+    def _timed(self, call: Call, seconds: float) -> None:
         """What a call costs decides how much the next steps compute."""
-        if any(part.tokens > 1 for part in group):
-            self.pace.computed(sum(part.tokens for part in group), seconds)
+        parts = call.parts
+        if any(part.tokens > 1 for part in parts):
+            self.pace.computed(sum(part.tokens for part in parts), seconds)
         else:
-            self.pace.generated(len(group), seconds)
-            if self.speculation is not None:
-                self.speculation.timed(len(group) * max(part.columns for part in group), seconds)
+            self.pace.generated(len(parts), seconds)
+            if self.speculation is not None and call.usual:
+                self.speculation.width.add(len(parts), call.x_BTD.shape[1], seconds)
 
     def _drafts(self, work: Work) -> dict[int, Draft]:
         """Drafts by sequence, for those that lack only their last token."""
@@ -253,7 +254,8 @@ class Engine:
         if not sequences:
             return {}
         room = [min(s.sampling.max_tokens - s.generated, self.scheduler.room(s) or self.max_len) - 1 for s in sequences]
-        drafts = self.speculation.propose(sequences, room)
+        rows = tuple(sequence.row for sequence in sequences)
+        drafts = self.speculation.propose(sequences, room, lambda tokens: self.call.ready(rows, tokens))
         return {
             sequence.id: draft
             for sequence, draft in zip(sequences, drafts)

@@ -56,6 +56,21 @@ class Replay:
             return None
         return player(rows, pages, ids_BT, state, segments_BT, parents_BT)
 
+    def ready(self, tokens: int, rows: int, keep: int, chain: bool, state: State) -> bool:
+        """Whether calls of such a kind, with padding or without, run as they always will; if not, recording begins."""
+        if tokens > FEW or not self.model.embedding.weight.is_cpu:
+            return True
+        keys = [(tokens, rows == 1, whole, keep, chain) for whole in ((True, False) if tokens > 1 else (True,))]
+        for key in keys:
+            if key not in self._tapes:
+                self._tapes[key] = self._recorder.submit(self._recorded, key, state)
+        return all(self._tapes[key].done() for key in keys)
+
+    def settled(self, tokens: int, rows: int, whole: bool, keep: int, chain: bool) -> bool:
+        """Whether calls of such a kind run as they always will."""
+        tape = self._tapes.get((tokens, rows == 1, whole, keep, chain))
+        return tokens > FEW or not self.model.embedding.weight.is_cpu or (tape is not None and tape.done())
+
     @property
     def tapes(self) -> dict[_Key, Tape | None]:
         """Of each kind that came often enough its tape, None where there can be none. Waits for those being made."""

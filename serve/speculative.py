@@ -7,6 +7,7 @@ plain decoding, greedy or sampled, whatever drafts; a draft decides only how man
 How wide a draft may be is decided by what calls cost here and by how often this sequence's drafts were right.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from time import perf_counter
@@ -74,11 +75,12 @@ class Draft:
 class Drafter(Protocol):
     """What guesses. widest: of its drafts; what a width means, `size` and `gain` say as in `serve.width.Chains`.
 
-    reads: it wants `see` to be called.
+    reads: it wants `see` to be called. trees: its drafts may branch.
     """
 
     widest: int
     reads: bool
+    trees: bool
 
     def propose(self, sequences: Items[Sequence], width: int) -> list[Draft | None]:
         """For each sequence whose tokens but the last are computed a draft of at most `width`, or None."""
@@ -105,16 +107,20 @@ class Speculation:
         self._rates: dict[int, Rate] = {}
         self._typical = Rate()
 
-    def propose(self, sequences: Items[Sequence], room: Items[int]) -> list[Draft | None]:
-        """A draft, or none, for each sequence that lacks only its last token. room: steps each has left."""
+    def propose(self, sequences: Items[Sequence], room: Items[int], ready: Callable[[int], bool]) -> list[Draft | None]:
+        """A draft, or none, for each sequence that lacks only its last token.
+
+        room: steps each has left. ready: as of `Width.choose`.
+        """
         for sequence in sequences:
             self._rates.setdefault(sequence.id, Rate(self._typical.value))
-        steps = self.width.choose([self._rates[sequence.id] for sequence in sequences])
-        if not steps:
+        width = self.width.choose([self._rates[sequence.id] for sequence in sequences], ready)
+        if not width:
             return [None] * len(sequences)
         begin = perf_counter()
-        drafts = self.drafter.propose(sequences, steps)
-        self.width.drafting.add(len(sequences) * steps, perf_counter() - begin)
+        drafts = self.drafter.propose(sequences, width)
+        if any(drafts):
+            self.width.drafting.add(len(sequences) * (1 + self.drafter.size(width)), perf_counter() - begin)
         return [draft and draft.cut(left) for draft, left in zip(drafts, room)]
 
     def learn(self, sequence: Sequence, draft: Draft, path: Items[int]) -> None:
@@ -125,10 +131,6 @@ class Speculation:
         self.drafts += 1
         self.drafted += len(draft.tokens)
         self.accepted += len(path)
-
-    def timed(self, columns: int, seconds: float) -> None:
-        """A call that computed nothing but next tokens and drafts took so long."""
-        self.width.calls.add(columns, seconds)
 
     def forget(self, sequence: Sequence) -> None:
         self._rates.pop(sequence.id, None)

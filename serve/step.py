@@ -17,6 +17,7 @@ from serve.memory import StateMemory
 from serve.replay import Replay
 from serve.scheduler import Sequence
 from serve.speculative import Draft
+from serve.width import LENGTHS
 
 
 @dataclass(slots=True)
@@ -53,14 +54,26 @@ class Part:
 
 
 class Call:
-    """What came out. parts: in the order of the logits; logits_NC: of each part's wanted columns, None when none is."""
+    """What came out. parts: in the order of the logits; logits_NC: of each part's wanted columns, None when none is.
 
-    def __init__(self, parts: Items[Part], x_BTD: Tensor, logits_NC: Tensor | None, state: State, memory: StateMemory):
+    tree: whether drafts went in as trees. usual: whether calls of this kind will take as long again.
+    """
+
+    def __init__(
+        self,
+        parts: Items[Part],
+        x_BTD: Tensor,
+        logits_NC: Tensor | None,
+        state: State,
+        memory: StateMemory,
+        tree: bool,
+        usual: bool,
+    ) -> None:
         self.parts, self.x_BTD, self.logits_NC = parts, x_BTD, logits_NC
+        self.tree, self.usual = tree, usual
         self._state, self._memory = state, memory
         self._rows = tuple(part.sequence.row for part in parts)
         self._drafting = any(part.draft for part in parts)
-        self._branches = _branches(parts)
         if not self._drafting:
             memory.put(self._rows, state)
 
@@ -69,7 +82,7 @@ class Call:
         if self._drafting:
             columns, path_BK = [part.path(path) for part, path in zip(self.parts, paths)], None
             kept_B = torch.tensor([len(path) for path in columns], device=self.x_BTD.device)
-            if self._branches:
+            if self.tree:
                 longest = max(map(len, columns))
                 filled = [path + [0] * (longest - len(path)) for path in columns]
                 path_BK = torch.tensor(filled, device=self.x_BTD.device)
@@ -80,22 +93,20 @@ class Call:
         return self.x_BTD[index, self.parts[index].path(path)]
 
 
-def _branches(parts: Items[Part]) -> bool:
-    """Whether the drafts of a call make it one of trees."""
-    return any(part.draft is not None and part.draft.branches for part in parts)
-
-
 class Step:
-    """Runs calls of `model` on the rows of `memory`."""
+    """Runs calls of `model` on the rows of `memory`. trees: drafts are, and not just chains."""
 
-    def __init__(self, model: Decoder, memory: StateMemory) -> None:
+    def __init__(self, model: Decoder, memory: StateMemory, trees: bool = False) -> None:
         self.model, self.memory, self.device = model, memory, model.embedding.weight.device
+        self.trees = trees
         self.replay = Replay(model, memory.rows, memory.widest)
 
     def __call__(self, parts: Items[Part]) -> Call:
         rows = tuple(part.sequence.row for part in parts)
         lengths = [part.columns for part in parts]
         width, drafting = max(lengths), any(part.draft for part in parts)
+        if drafting:
+            width = next((length for length in LENGTHS if length >= width), width)
         ids = []
         for part, length in zip(parts, lengths):
             start = part.sequence.computed
@@ -106,7 +117,8 @@ class Step:
             lengths_B1 = torch.tensor(lengths, device=self.device)[:, None]
             segments_BT = -(torch.arange(width, device=self.device) >= lengths_B1).long()
         keep, parents_BT = (width if drafting else 0), None
-        if _branches(parts):
+        tree = drafting and (self.trees or any(part.draft is not None and part.draft.branches for part in parts))
+        if tree:
             keep, parents_BT = 0, torch.tensor([part.parents(width) for part in parts], device=self.device)
         state = self.memory.take(rows)
         wanted = [(row, column) for row, part in enumerate(parts)
@@ -114,9 +126,16 @@ class Step:
         played = self.replay(ids_BT, state, segments_BT, keep, parents_BT)
         if played is not None:
             x_BTD, _, state, logits_BTC = played
-            return Call(parts, x_BTD, self._picked(logits_BTC, wanted), state, self.memory)
+            return Call(parts, x_BTD, self._picked(logits_BTC, wanted), state, self.memory, tree, usual=True)
+        usual = self.replay.settled(width, len(rows), segments_BT is None, keep, parents_BT is None)
         x_BTD, at, state = self.model.hidden(ids_BT, state, segments_BT, keep, parents_BT=parents_BT)
-        return Call(parts, x_BTD, self._logits(x_BTD, at, ids_BT, wanted), state, self.memory)
+        logits_NC = self._logits(x_BTD, at, ids_BT, wanted)
+        return Call(parts, x_BTD, logits_NC, state, self.memory, tree, usual)
+
+    def ready(self, rows: Items[int], tokens: int) -> bool:
+        """Whether calls of so many tokens for each of `rows` run as fast as they ever will; sees to it that they do."""
+        keep = 0 if tokens == 1 or self.trees else tokens
+        return self.replay.ready(tokens, len(rows), keep, tokens == 1 or not self.trees, self.memory.take(tuple(rows)))
 
     def onward(self, ids_B1: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits (B, C) after one more token of each row, and the state then, which is the caller's to keep or drop."""

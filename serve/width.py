@@ -3,15 +3,22 @@
     width = argmax_k  sum_rows E_r(k) / (t(rows (1 + k)) + d(k)),    E_r(k) = 1 + a_r + a_r^2 + .. + a_r^k
 
 t is the time of a call by its number of columns, d that of drafting k tokens, a_r the rate at which single guesses of
-row r hold. Plain decoding, k = 0, is always among the choices, and a wider call must win by a margin. While nothing is
-drafted the rates would never change: now and then a small draft is made to see.
+row r hold. Plain decoding, k = 0, is always among the choices, and a wider call must win by a margin.
+
+What is not done is not measured: while drafts are made a plain call is made now and then, and while none are a small
+draft, and what is known of other widths fades. Calls are as long as one of LENGTHS, so that each kind can be recorded
+once (`serve.replay`); one that is not yet recorded would be slow and is not chosen.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
+LENGTHS = (2, 4, 8, 16, 32)  # tokens of calls that check drafts; what is shorter is padded
+
 MARGIN = 1.05  # by which drafting must look faster than plain decoding
-PROBE = 64  # calls between two looks at rows that do not draft
+PROBE = 64  # calls between two looks at what is not done
+_FADE = 0.97  # of what is known of calls with drafts, at each such look
 _FORGET = 0.1  # weight of a new measurement
 _PRIOR = 0.6  # of guesses of a drafter nothing is known about
 _SLOW = 4.0  # a measurement this far above what is known is a disturbance, and counts as no more than this
@@ -23,30 +30,42 @@ class Times:
     def __init__(self) -> None:
         self._sizes: list[int] = []
         self._seconds: dict[int, float] = {}
+        self._faded: set[int] = set()
 
     def add(self, size: int, seconds: float) -> None:
         known = self._seconds.get(size)
         if known is None:
             insort(self._sizes, size)
-        if known is None or seconds * _SLOW < known:  # no call is faster than it can be: the earlier was disturbed
+        # What has faded counts no more, nor what was disturbed: no call is faster than it can be.
+        if known is None or size in self._faded or seconds * _SLOW < known:
             self._seconds[size] = seconds
+            self._faded.discard(size)
         else:
             seconds = min(seconds, _SLOW * known)
             self._seconds[size] = known + _FORGET * (seconds - known)
 
+    def fade(self) -> None:
+        """Nothing is as slow for ever as it once was."""
+        self._seconds = {size: seconds * _FADE for size, seconds in self._seconds.items()}
+        self._faded.update(self._sizes)
+
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __call__(self, size: int) -> float:
-        """Seconds of a call of `size`; 0 when nothing was measured."""
+    def __call__(self, size: int, least: tuple[int, float] = (0, 0.0)) -> float:
+        """Seconds of a call of `size`; least: the smallest size there is and its seconds, which they are if no other
+        was measured."""
         sizes = self._sizes
         if not sizes:
-            return 0.0
+            return least[1]
         right = bisect_left(sizes, size)
         if right < len(sizes) and sizes[right] == size:
             return self._seconds[size]
         if right == 0:
-            return self._seconds[sizes[0]]
+            if not least[1]:
+                return self._seconds[sizes[0]]
+            part = (size - least[0]) / (sizes[0] - least[0])
+            return least[1] + part * max(0.0, self._seconds[sizes[0]] - least[1])
         low = sizes[right - 1]
         if right == len(sizes):
             if len(sizes) == 1:
@@ -82,6 +101,8 @@ class Rate:
 class Chains:
     """What a width means to those that draft chains: so many tokens. For trees another class says."""
 
+    trees = False
+
     def size(self, width: int) -> int:
         """Tokens of a draft."""
         return width
@@ -94,28 +115,54 @@ class Chains:
 _CHAINS = Chains()
 
 
+def _always(tokens: int) -> bool:
+    return True
+
+
 class Width:
-    """The choice, for one engine. widest: there is. drafts: says what widths mean."""
+    """The choice, for one engine. widest: there is. drafts: says what widths mean.
+
+    plain, calls: times of calls without drafts by rows, and with drafts by columns. drafting: of drafts by columns.
+    """
 
     def __init__(self, widest: int, drafts: Chains = _CHAINS) -> None:
-        self.widest, self.drafts = widest, drafts
-        self.calls, self.drafting = Times(), Times()
-        self._since = 0
+        self.drafts = drafts
+        self.widths = [width for width in range(1, widest + 1) if 1 + drafts.size(width) in LENGTHS]
+        self.plain, self.calls, self.drafting = Times(), Times(), Times()
+        self._same = 0  # calls since it was last seen what the other way brings
+        self._drafted = False
 
-    def choose(self, rates: Items[Rate]) -> int:
-        """Width of the next drafts for rows with such rates."""
-        rows = len(rates)
-        plain = self.calls(rows)
-        if not plain:  # first of all, what there is to win over
+    def add(self, rows: int, tokens: int, seconds: float) -> None:
+        """A call of `tokens` tokens for each of `rows` rows, one of them known, took so long."""
+        if tokens == 1:
+            self.plain.add(rows, seconds)
+        else:
+            self.calls.add(rows * tokens, seconds)
+
+    def choose(self, rates: Items[Rate], ready: Callable[[int], bool] = _always) -> int:
+        """Width of the next drafts for rows with such rates, 0 for none.
+
+        ready: whether a call of so many tokens for each of these rows runs as fast as it ever will.
+        """
+        if not self.widths or not ready(1) or not self.plain(len(rates)):  # first, what there is to win over
             return 0
-        best, width = rows / plain * MARGIN, 0
-        for steps in range(1, self.widest + 1):
-            seconds = self.calls(rows * (1 + self.drafts.size(steps))) + self.drafting(rows * steps)
-            speed = sum(self.drafts.gain(rate, steps) for rate in rates) / seconds
+        width = self._best(rates)
+        self._same = self._same + 1 if bool(width) == self._drafted else 0
+        self._drafted = bool(width)
+        if self._same >= PROBE:
+            self._same = 0
+            self.calls.fade()
+            width = 0 if width else self.widths[0]
+        return width if not width or ready(1 + self.drafts.size(width)) else 0
+
+    def _best(self, rates: Items[Rate]) -> int:
+        rows = len(rates)
+        plain = self.plain(rows)
+        best, chosen = rows / plain * MARGIN, 0
+        for width in self.widths:
+            columns = rows * (1 + self.drafts.size(width))
+            seconds = max(plain, self.calls(columns, (rows, plain))) + self.drafting(columns)
+            speed = sum(self.drafts.gain(rate, width) for rate in rates) / seconds
             if speed > best:
-                best, width = speed, steps
-        self._since = 0 if width else self._since + 1
-        if self._since >= PROBE:
-            self._since = 0
-            return 1
-        return width
+                best, chosen = speed, width
+        return chosen

@@ -18,7 +18,7 @@ from kernels import cpu, segments
 from kernels.attention.view import ancestors, slot_index
 
 BLOCK = 256  # queries that share a mask
-FEW = 16  # tokens of a decode step, a draft with it: C++ then reads a past in place
+FEW = 32  # tokens of a decode step, a draft with it: C++ then reads a past in place
 GRAD_BLOCK = 128  # in backward, which holds the weights of a block
 
 

@@ -18,7 +18,7 @@ Generate = Callable[[list[list[int]], int, Tell], None]  # prompts, new tokens o
 LENGTH = 512
 
 
-def edifice(folder: Path, form: str, threads: int, eager: bool) -> Generate:
+def edifice(folder: Path, form: str, threads: int, simple: bool) -> Generate:
     from serve.engine import Request, load
     from serve.sampler import Sampling
 
@@ -36,7 +36,7 @@ def edifice(folder: Path, form: str, threads: int, eager: bool) -> Generate:
     return generate
 
 
-def transformers(folder: Path, form: str, threads: int, eager: bool) -> Generate:
+def transformers(folder: Path, form: str, threads: int, simple: bool) -> Generate:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.generation.streamers import BaseStreamer
@@ -67,7 +67,7 @@ def transformers(folder: Path, form: str, threads: int, eager: bool) -> Generate
     return generate
 
 
-def vllm(folder: Path, form: str, threads: int, eager: bool) -> Generate:
+def vllm(folder: Path, form: str, threads: int, simple: bool) -> Generate:
     import itertools
 
     from vllm import LLM, SamplingParams
@@ -76,7 +76,7 @@ def vllm(folder: Path, form: str, threads: int, eager: bool) -> Generate:
     llm = LLM(
         str(folder / "hf"), dtype={"fp32": "float32", "bf16": "bfloat16"}[form], skip_tokenizer_init=True,
         max_model_len=LENGTH, max_num_seqs=32, kv_cache_memory_bytes=2**30, disable_log_stats=True,
-        enforce_eager=eager,
+        enforce_eager=simple,
     )  # fmt: skip
     engine, names = llm.llm_engine, itertools.count()
 
@@ -97,9 +97,18 @@ def vllm(folder: Path, form: str, threads: int, eager: bool) -> Generate:
     return generate
 
 
-def llama_cpp(folder: Path, form: str, threads: int, eager: bool) -> Generate:
-    from llama_cpp import Llama
+def llama_cpp(folder: Path, form: str, threads: int, simple: bool) -> Generate:
+    from llama_cpp import Llama, llama_cpp
 
+    if simple:
+        default = llama_cpp.llama_model_default_params
+
+        def plain():
+            params = default()
+            params.use_extra_bufts = False
+            return params
+
+        llama_cpp.llama_model_default_params = plain
     path = str(folder / f"{form}.gguf")
     llama = Llama(path, n_ctx=LENGTH, n_threads=threads, n_threads_batch=threads, verbose=False)
 
@@ -141,14 +150,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--eager", action="store_true", help="vLLM without compiling, which takes a minute")
+    parser.add_argument("--simple", action="store_true", help="vLLM does not compile, llama.cpp does not repack")
     args = parser.parse_args()
     if args.name != "llama_cpp":  # its Python may have nothing but it
         import torch
 
         torch.set_num_threads(args.threads)
     vocab = checkpoint.vocabulary(args.folder)
-    generate = ENGINES[args.name](args.folder, args.form, args.threads, args.eager)
+    generate = ENGINES[args.name](args.folder, args.form, args.threads, args.simple)
     found = {}
     for rows in [1] if args.name in ALONE else args.rows:
         _, said = measured(generate, checkpoint.prompts(rows, args.prompt, vocab, 0), args.tokens)

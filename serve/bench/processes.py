@@ -22,6 +22,10 @@ class DidNotRun(Exception):
     """Why, in one line."""
 
 
+class Crashed(DidNotRun):
+    """A signal ended it."""
+
+
 class Processes:
     """args: of `serve.bench`. folder: of the checkpoint."""
 
@@ -38,11 +42,13 @@ class Processes:
             "VLLM_NO_USAGE_STATS": "1",
         }
 
-    def engine(self, name: str, form: str, rows: Sequence[int], tokens: int, rounds: int) -> Found:
+    def engine(
+        self, name: str, form: str, rows: Sequence[int], tokens: int, rounds: int, simple: bool = False
+    ) -> Found:
         """What `serve.bench.engines` measures. DidNotRun."""
         python = self.args.llama_python if name == "llama_cpp" else sys.executable
         options = [name, self.folder, form, "--threads", self.args.threads, "--tokens", tokens, "--rounds", rounds]
-        options += ["--prompt", self.args.prompt, *(["--eager"] if self.args.small else []), "--rows", *rows]
+        options += ["--prompt", self.args.prompt, *(["--simple"] if simple else []), "--rows", *rows]
         return self._found(python, "serve.bench.engines", options)
 
     def server(self, kind: str) -> Found:
@@ -83,12 +89,12 @@ class Processes:
             raise DidNotRun(f"there is no {python}") from None
         except subprocess.TimeoutExpired:
             raise DidNotRun(f"it took more than {LONG:.0f} seconds") from None
+        if done.returncode < 0:
+            raise Crashed(f"it ended by {signal.Signals(-done.returncode).name}")
         if done.returncode:
             raise DidNotRun(_last(done.stderr))
         found = json.loads(done.stdout.strip().splitlines()[-1])
-        return {
-            int(rows): one | {"rounds": [Round(**each) for each in one["rounds"]]} for rows, one in found.items()
-        }
+        return {int(rows): one | {"rounds": [Round(**each) for each in one["rounds"]]} for rows, one in found.items()}
 
 
 def _last(text: str) -> str:

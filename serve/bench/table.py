@@ -26,7 +26,7 @@ class Table:
         self.limits, self.parameters = limits, parameters
         self.lines: list[str] = []
         self.rows: list[Row] = []
-        self.failed: list[str] = []
+        self.notes: list[str] = []
 
     def tell(self, line: str) -> None:
         self.lines.append(line)
@@ -45,12 +45,13 @@ class Table:
             f"| {name} | {row.form} | {row.rows} | {found.rate:.0f} | {found.spread:.0%} | {share:.0%} | {times} |"
         )
 
-    def missing(self, name: str, why: str) -> None:
-        self.failed.append(f"{name} did not run: {why}.")
+    def note(self, line: str) -> None:
+        """For the end."""
+        self.notes.append(line)
 
     def close(self) -> None:
         """What the rows say together."""
-        for line in ["", *(f"- {line}" for line in self._compared()), "", *self.failed]:
+        for line in ["", *(f"- {line}" for line in self._compared()), "", *(f"- {line}" for line in self.notes)]:
             if line or self.lines[-1]:
                 self.tell(line)
         while not self.lines[-1]:

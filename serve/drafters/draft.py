@@ -28,7 +28,7 @@ class DraftModel(Chains):
 
     reads = False
 
-    def __init__(self, model: Decoder, max_rows: int, max_len: int, widest: int = 8, chunk: int = 256) -> None:
+    def __init__(self, model: Decoder, max_rows: int, max_len: int, widest: int = 7, chunk: int = 256) -> None:
         if not 1 <= widest <= DRAFT:
             raise ValueError(f"draft model: widest={widest}: must be from 1 to {DRAFT}")
         self.model, self.widest, self.chunk = model.eval(), widest, chunk

@@ -18,9 +18,9 @@ from models.decoder import Decoder
 from models.heads.medusa import Medusa
 from serve.scheduler import Sequence
 from serve.speculative import Draft
-from serve.width import Rate
+from serve.width import LENGTHS, Rate
 
-SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # tokens of trees
+SIZES = tuple(length - 1 for length in LENGTHS)  # tokens of trees
 _RANKS = 8  # guesses of a head
 _FORGET = 0.01  # weight of a new observation, once there are many
 _PRIOR = 8  # observations that what is said of unknown heads counts for
@@ -31,7 +31,7 @@ _OBSERVED = 4  # rows a step learns from: their guesses were right or wrong much
 class MedusaHeads:
     """model: a decoder whose head is `medusa`. accuracy: of each head's ranks, as above; at first a guess."""
 
-    reads = True
+    reads = trees = True
 
     def __init__(self, model: Decoder) -> None:
         if not isinstance(model.head, Medusa):

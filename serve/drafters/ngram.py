@@ -20,7 +20,7 @@ class NGram(Chains):
 
     reads = False
 
-    def __init__(self, longest: int = 4, shortest: int = 2, widest: int = 12) -> None:
+    def __init__(self, longest: int = 4, shortest: int = 2, widest: int = 15) -> None:
         if not 1 <= shortest <= longest:
             raise ValueError(f"ngram: shortest={shortest} must be from 1 to longest={longest}")
         if widest < 1:

@@ -64,7 +64,7 @@ def test_it_generates_over_http_what_recomputation_gives(name, endpoint):
         drafter = NGram(shortest=1, widest=4) if drafting else None
         engine = Engine(model, max_rows=2, max_len=64, page=4, chunk=16, prefix_cache=cache, drafter=drafter)
         if drafting:
-            engine.speculation.width.choose = lambda rates: 4
+            engine.speculation.width.choose = lambda rates, ready: 4
         worker = Worker(engine)
         behind["it"] = Served.local(worker, "it")
         found = []

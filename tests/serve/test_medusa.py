@@ -45,7 +45,7 @@ def prompts(trained):
 def engine(model, drafter=None, width=None, **options):
     made = Engine(model, **ROWS | options, drafter=drafter)
     if width is not None:
-        made.speculation.width.choose = lambda rates: width  # always, whether it pays or not
+        made.speculation.width.choose = lambda rates, ready: width  # always, whether it pays or not
     return made
 
 
@@ -55,7 +55,7 @@ def test_a_tree_changes_no_token_and_gives_more_of_a_call(trained, prompts, patt
     model = trained("medusa(heads=3)", pattern, 100 if pattern == "gqa" else 10)
     sampling = [Sampling(max_tokens=n, temperature=temperature, seed=n, ignore_eos=True) for n in (40, 33, 1, 24)]
     plain = engine(model).generate(prompts, sampling)
-    for width in (4, 7):
+    for width in (3, 5):
         drafted = engine(model, MedusaHeads(model), width)
         assert [r.tokens for r in drafted.generate(prompts, sampling)] == [r.tokens for r in plain]
         found = drafted.speculation
@@ -69,9 +69,9 @@ def test_branches_are_accepted_that_a_chain_has_not(trained, prompts):
     model = trained("medusa(heads=3)")
     sampling = Sampling(max_tokens=60, temperature=0.9, seed=5, ignore_eos=True)
     accepted = []
-    for width in (3, 7):  # trees of 3 and of 12 tokens; with one head's guess a level, 3 are the chain
+    for width in (2, 4):  # trees of 3 and of 15 tokens; with one head's guess a level, 3 are the chain
         drafter = MedusaHeads(model)
-        if width == 3:
+        if width == 2:
             drafter._nodes, drafter._parents = [(0, 0), (1, 0), (2, 0)], [-1, 0, 1]
             drafter._grow = lambda: None
         made = engine(model, drafter, width)
@@ -131,11 +131,11 @@ def test_trees_grow_as_far_as_columns_are_cheap():
     def chosen(seconds_of):
         width = Width(drafter.widest, drafter)
         for columns in (1, *(1 + size for size in SIZES)):
-            width.calls.add(columns, seconds_of(columns))
+            width.add(1, columns, seconds_of(columns))
         return width.choose([Rate()])
 
     drafter = MedusaHeads(models.build("medusa", heads=3))
-    widths = [chosen(lambda columns, cost=cost: 1 + cost * columns) for cost in (0.0, 0.02, 0.2, 1.0, 10.0)]
+    widths = [chosen(lambda columns, cost=cost: 1 + cost * columns) for cost in (0.0, 0.05, 0.2, 1.0, 10.0)]
     assert widths == sorted(widths, reverse=True) and widths[0] == drafter.widest and widths[-1] == 0
     assert len(set(widths)) > 3
 

@@ -99,7 +99,7 @@ def test_together_with_speculation(model):
     sampling = Sampling(max_tokens=30, temperature=0.0, ignore_eos=True)
     plain = Engine(model, max_len=256, prefix_cache=False)
     engine = Engine(model, max_len=256, drafter=NGram(shortest=1, widest=5))
-    engine.speculation.width.choose = lambda rates: 5  # always, whether it pays or not
+    engine.speculation.width.choose = lambda rates, ready: 5  # always, whether it pays or not
     chat = [1, 2, 3, 4] * 5
     for turn in range(3):
         events = events_of(engine, chat, sampling)

@@ -54,7 +54,7 @@ def test_drafts_are_played_too():
     plain = [result.tokens for result in served(model, 10**9).generate(prompts, sampling)]
     prophet = Prophet({tuple(prompt): tokens for prompt, tokens in zip(prompts, plain)}, widest=2)
     played = served(model, 1, drafter=prophet)
-    played.speculation.width.choose = lambda rates: prophet.widest
+    played.speculation.width.choose = lambda rates, ready: prophet.widest
     assert [result.tokens for result in played.generate(prompts, sampling)] == plain
     kinds = played.call.replay.tapes
     drafted = [tape for (_, _, whole, keep, _), tape in kinds.items() if keep and whole]

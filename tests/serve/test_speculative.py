@@ -47,7 +47,7 @@ class Prophet(Chains):
 def engine(model, drafter=None, **options):
     made = Engine(model, **{"max_rows": 4, "max_len": 128, **options}, drafter=drafter)
     if drafter is not None:
-        made.speculation.width.choose = lambda rates: drafter.widest  # always, whether it pays or not
+        made.speculation.width.choose = lambda rates, ready: drafter.widest  # always, whether it pays or not
     return made
 
 
@@ -184,9 +184,9 @@ def simulate(rate, cost, calls=4000, rows=1, widest=8):
             accepted += 1
         if steps:
             estimate.add(accepted, steps)
-            width.drafting.add(rows * steps, 0.0)
+            width.drafting.add(rows * (1 + steps), 0.0)
         took = cost(rows * (1 + steps))
-        width.calls.add(rows * (1 + steps), took)
+        width.add(rows, 1 + steps, took)
         tokens, seconds = tokens + rows * (1 + accepted), seconds + took
     return tokens / seconds * cost(rows) / rows, steps
 
@@ -202,6 +202,17 @@ def test_width_never_costs_more_than_it_can_bring(rows):
 
 def test_width_looks_again_after_a_while():
     width, rate = Width(4), Rate(0.0)
-    for size in (1, 2, 5):
-        width.calls.add(size, float(size))
+    for tokens in (1, 2, 4):
+        width.add(1, tokens, float(tokens))
     assert [width.choose([rate]) for _ in range(2 * PROBE)].count(1) == 2
+    rate.value = 0.99
+    width.calls.add(4, 1.0)
+    assert [width.choose([rate]) for _ in range(2 * PROBE)].count(0) in (1, 2)
+
+
+def test_width_waits_for_calls_that_will_be_faster():
+    width, rate = Width(15), Rate(0.9)
+    width.add(1, 1, 1.0)
+    assert width.choose([rate], lambda tokens: False) == 0
+    asked = []
+    assert width.choose([rate], lambda tokens: asked.append(tokens) or tokens < 4) == 0 and asked[-1] == 16
