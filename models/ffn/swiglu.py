@@ -43,8 +43,9 @@ class SwiGLU(Stateful):
 
     def forward(self, x_BTD: Tensor, at: Span, state: State | None = None) -> tuple[Tensor, State | None]:
         gate, up = self.wi(x_BTD).chunk(2, -1)
-        if self.config.activation == "silu" and torch.is_inference_mode_enabled():
-            hidden = kernels.swiglu(gate, up)  # one pass, where a pass is what counts
+        # One pass, where a pass is what counts; the compiler makes one of its own, and cannot ask for the mode.
+        if self.config.activation == "silu" and not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            hidden = kernels.swiglu(gate, up)
         else:
             hidden = activate(gate, self.config.activation) * up
         return self.wo(self.hidden_norm(hidden)), state
