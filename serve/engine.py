@@ -211,6 +211,7 @@ class Engine:
             "preemptions": scheduler.preemptions,
             "drafted": speculation.drafted if speculation else 0,
             "accepted": speculation.accepted if speculation else 0,
+            "drafts": speculation.drafts if speculation else 0,
             "steps": self._steps,
             "generated": self._generated,
         }

@@ -34,6 +34,7 @@ _COUNTERS = [
     ("prefix_cache_hits", "prefix_hits", "Prompt tokens found in the prefix cache"),
     ("prefix_cache_evictions", "evictions", "Blocks that the prefix cache gave up"),
     ("num_preemptions", "preemptions", "Times a completion gave its memory back to go on later"),
+    ("spec_decode_num_drafts", "drafts", "Times that tokens were guessed"),
     ("spec_decode_num_draft_tokens", "drafted", "Tokens that were guessed"),
     ("spec_decode_num_accepted_tokens", "accepted", "Guessed tokens that were right"),
     ("num_steps", "steps", "Steps of the engine"),
