@@ -372,6 +372,14 @@ class Engine:
         cached, sequence.cached = sequence.cached, 0  # it is told once
         return Event(sequence.id, token, text, reason, told, offset, None, cached)
 
+    def warm(self) -> None:
+        """Do now what is slow once: kernels are built, and steps of one row and of several are recorded."""
+        replay, sampling = self.call.replay, Sampling(max_tokens=2, temperature=0.0, ignore_eos=True)
+        usual, replay.after, replay.aside = (replay.after, replay.aside), 1, False
+        self.generate([[0, 0]], sampling)
+        self.generate([[0, 0], [0, 0, 0]], sampling)
+        replay.after, replay.aside = usual
+
     # -- a whole batch -------------------------------------------------------------------------------------------
 
     def generate(

@@ -120,6 +120,10 @@ class VLLMEngine:
 
     generate = Engine.generate  # it needs no more of an engine than there is here
 
+    def warm(self) -> None:
+        """Do now what is slow once."""
+        self.generate([[0, 0]], Sampling(max_tokens=2))
+
     @property
     def busy(self) -> bool:
         return bool(self._live or self._pending)

@@ -65,10 +65,9 @@ class Replica:
 def _start(model: Model, waiting: int, stall: float, options: dict[str, Any]) -> Any:
     """The worker of a model. Takes long."""
     from serve import engine, vllm
-    from serve.sampler import Sampling
     from serve.worker import Worker
 
     kind, rest = options["engine"], {name: value for name, value in options.items() if name != "engine"}
     loaded = (vllm if kind == "vllm" else engine).load(model.source, **rest)
-    loaded.generate([[0, 0]], Sampling(max_tokens=2))  # what is slow once, or broken, shows now
+    loaded.warm()  # what is broken shows now, too
     return Worker(loaded, waiting, stall)

@@ -82,3 +82,14 @@ def test_calls_go_on_while_one_is_recorded():
     assert answers(engine) == answers(served(model, 10**9))
     assert all(tapes(engine)) and len(tapes(engine)) >= 2
     assert answers(engine) == answers(served(model, 10**9))
+
+
+def test_an_engine_that_is_warm_has_its_tapes():
+    torch.manual_seed(0)
+    engine = Engine(models.build("gqa"), max_rows=4, max_len=96)
+    engine.warm()
+    assert {alone: bool(tape) for (tokens, alone, *_), tape in engine.call.replay.tapes.items() if tokens == 1} == {
+        True: True,
+        False: True,
+    }
+    assert not engine.busy and engine.memory.free_rows == engine.memory.rows
