@@ -7,6 +7,7 @@ Ray Serve starts it, asks whether it is healthy, and replaces it. What it comput
 import asyncio
 import contextlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
@@ -32,7 +33,11 @@ class Replica:
     ) -> None:
         from serve.replicas.port import Port
 
-        self.worker = await asyncio.to_thread(_start, model, waiting, stall, options)
+        # In a thread that ends: each thread that computes keeps OpenMP's workers, and with more of those than cores every
+        # product waits for them asleep, which halves the speed of the engine's own thread.
+        with ThreadPoolExecutor(1) as loader:
+            load = asyncio.get_running_loop().run_in_executor(loader, _start, model, waiting, stall, options)
+            self.worker = await load
         about = {"longest": self.worker.engine.prompts.longest, "limit": self.worker.limit}
         self.port = Port(self.worker, about)
         host = get_node_ip_address()
