@@ -33,8 +33,8 @@ class Replica:
     ) -> None:
         from serve.replicas.port import Port
 
-        # In a thread that ends: each thread that computes keeps OpenMP's workers, and with more of those than cores every
-        # product waits for them asleep, which halves the speed of the engine's own thread.
+        # In a thread that ends: each thread that computes keeps OpenMP's workers, and with more of those than cores
+        # every product waits for them asleep, which halves the speed of the engine's own thread.
         with ThreadPoolExecutor(1) as loader:
             load = asyncio.get_running_loop().run_in_executor(loader, _start, model, waiting, stall, options)
             self.worker = await load
