@@ -139,7 +139,7 @@ def main() -> None:
     for name, default in (("steps", 300), ("tokens", 200), ("times", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="fp32", help="of the served weights")
-    parser.add_argument("--weights", default="plain", help="how they are packed for serving")
+    parser.add_argument("--weights", default="fp32", help="how linear weights are held: fp32, bf16, int8 or int4")
     parser.add_argument("--record", type=Path, help="write the table to this file as well")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
