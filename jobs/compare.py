@@ -13,12 +13,11 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import torch
 
 import models
-from jobs import cli
+from jobs import cli, table
 from jobs.config import Job
 from jobs.data import Data
 from jobs.pretrain import pretrain, run_folder
@@ -135,9 +134,8 @@ def markdown(found: list[Row], given: argparse.Namespace) -> str:
         f"{platform.machine()} CPU, torch {torch.__version__}.\n\n"
         f"`python -m jobs.compare --dim {given.dim} --layers {given.layers} --steps {given.steps}`"
     )
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in sorted(found, key=lambda row: row.bits)]
-    return "\n".join(["# Sequence architectures on one budget", "", about, "", *lines, ""])
+    cells = [row.cells() for row in sorted(found, key=lambda row: row.bits)]
+    return table.page("Sequence architectures on one budget", about, COLUMNS, cells)
 
 
 def main() -> None:
@@ -148,23 +146,19 @@ def main() -> None:
     for name, default in (("dim", 64), ("layers", 4), ("steps", 100), ("batch", 8), ("length", 256), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=5e-3, help="peak learning rate of all of them")
-    parser.add_argument("--record", type=Path, help="write the table to this file as well")
+    table.record_option(parser)
     given = parser.parse_args()
-    try:
+
+    def compared() -> str:
         unknown = set(given.names) - set(models.names())
         if unknown:
             raise ValueError(f"no architecture is called {sorted(unknown)[0]!r}; `python -m models` lists them")
         for name in given.names:
             if not _serves(name):
                 raise ValueError(f"{name} does not go on from a prompt, as all that is compared here does")
-        if given.record and not given.record.parent.is_dir():
-            raise ValueError(f"--record {given.record}: there is no folder {given.record.parent}")
-        table = markdown(list(rows(given)), given)
-    except ValueError as error:
-        cli.fail(error)
-    print(table)
-    if given.record:
-        given.record.write_text(table)
+        return markdown(list(rows(given)), given)
+
+    table.tell(compared, given.record)
 
 
 if __name__ == "__main__":

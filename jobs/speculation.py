@@ -12,11 +12,10 @@ import statistics
 import time
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
 
 import torch
 
-from jobs import cli
+from jobs import table
 from jobs.config import Job
 from jobs.data import Data, index_of, prepare
 from jobs.optim import Optim
@@ -127,9 +126,7 @@ def markdown(rows: list[Row], given: argparse.Namespace) -> str:
         f"{given.times} runs, each beside one of plain decoding.\n\n"
         f"`python -m jobs.speculation --steps {given.steps} --tokens {given.tokens}`"
     )
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
-    return "\n".join(["# Speculation on trained models", "", about, "", *lines, ""])
+    return table.page("Speculation on trained models", about, COLUMNS, [row.cells() for row in rows])
 
 
 def main() -> None:
@@ -140,18 +137,10 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="fp32", help="of the served weights")
     parser.add_argument("--weights", default="fp32", help="how linear weights are held: fp32, bf16, int8 or int4")
-    parser.add_argument("--record", type=Path, help="write the table to this file as well")
+    table.record_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    try:
-        if given.record and not given.record.parent.is_dir():
-            raise ValueError(f"--record {given.record}: there is no folder {given.record.parent}")
-        table = markdown(measure(given), given)
-    except ValueError as error:
-        cli.fail(error)
-    print(table)
-    if given.record:
-        given.record.write_text(table)
+    table.tell(lambda: markdown(measure(given), given), given.record)
 
 
 if __name__ == "__main__":
