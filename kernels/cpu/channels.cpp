@@ -135,32 +135,16 @@ at::Tensor rope(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& si
   return y;
 }
 
-// pool[page, offset] = entries, in place; the pool may hold narrower numbers.
-void write_pages(at::Tensor pool, const at::Tensor& entries, const at::Tensor& page, const at::Tensor& offset) {
-  const at::Tensor from = entries.to(pool.scalar_type()).contiguous();
-  const at::Tensor pages = page.contiguous(), offsets = offset.contiguous();
-  const int64_t count = pages.numel(), room = pool.size(1), bytes = pool.stride(1) * pool.element_size();
-  const int64_t *p = pages.data_ptr<int64_t>(), *o = offsets.data_ptr<int64_t>();
-  TORCH_CHECK(pool.is_contiguous(), "write_pages: the pool must be contiguous");
-  char* to = static_cast<char*>(pool.data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    TORCH_CHECK(p[i] >= 0 && p[i] < pool.size(0) && o[i] >= 0 && o[i] < room, "write_pages: no such slot");
-    std::memcpy(to + (p[i] * room + o[i]) * bytes, static_cast<const char*>(from.data_ptr()) + i * bytes, bytes);
-  }
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(edifice_cpu, library) {
   library.def("rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor");
   library.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   library.def("rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor");
-  library.def("write_pages(Tensor(a!) pool, Tensor entries, Tensor page, Tensor offset) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(edifice_cpu, CPU, library) {
   library.impl("rms_norm", rms_norm);
   library.impl("swiglu", swiglu);
   library.impl("rope", rope);
-  library.impl("write_pages", write_pages);
 }

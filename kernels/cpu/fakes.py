@@ -27,8 +27,3 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 @torch.library.register_fake("edifice_cpu::rope")
 def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return x.new_empty(x.shape)
-
-
-@torch.library.register_fake("edifice_cpu::write_pages")
-def _(pool: Tensor, entries: Tensor, page: Tensor, offset: Tensor) -> None:
-    return None
