@@ -145,7 +145,7 @@ def _charts(training: list[dict], validation: list[dict]) -> str:
 
 def _samples(place: str, job: dict[str, Any], count: int) -> list[tuple[str, str]]:
     """(prompt, what the model writes after it) for beginnings of held-out text; none when it is no language model."""
-    from serve.engine import load
+    from serve.load import load
     from serve.sampler import Sampling
 
     if "tokenizer.json" not in folder.load(place):

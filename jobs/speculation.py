@@ -21,7 +21,7 @@ from jobs.data import Data, index_of, prepare
 from jobs.optim import Optim
 from jobs.pretrain import pretrain, run_folder
 from models.decoder import Decoder
-from serve.engine import load
+from serve.load import load
 from serve.sampler import Sampling
 
 STREAMS = (1, 8, 32)

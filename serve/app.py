@@ -43,7 +43,7 @@ from serve.replicas.predictors import PredictReplica
 from serve.replicas.replica import Replica
 
 ENGINE = ("engine", "max_rows", "max_len", "memory_bytes", "chunk")  # what every engine takes
-OURS = ("dtype", "weights", "draft", "prefix_cache", "isolated", "preempt")  # and `serve.engine.load` besides
+OURS = ("dtype", "weights", "draft", "prefix_cache", "isolated", "preempt")  # and `serve.load.load` besides
 
 
 class Options(BaseModel):

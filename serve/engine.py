@@ -12,7 +12,7 @@ says which tokens a step computes, the model computes them, `serve.sampler` draw
 import secrets
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import count, islice
 from time import monotonic, perf_counter
@@ -28,6 +28,7 @@ from serve.memory import StateMemory
 from serve.pace import Pace
 from serve.prefix import PrefixCache
 from serve.prompts import Prompts
+from serve.request import DEFAULT, Event, Request, Result
 from serve.sampler import Logprobs, Sampling, logprobs, sample
 from serve.scheduler import Scheduler, Sequence, Work
 from serve.shaping import Shaper, shape
@@ -36,58 +37,7 @@ from serve.step import Call, Part, Step
 from serve.text import TextStream
 
 EOS, END = "<|eos|>", "<|end|>"  # of a document, and of a turn in a chat
-_DEFAULT = Sampling()
 _SPARSE = 0.3  # rows of different lengths share a call when at most this part of it is padding; measured on a CPU
-
-
-@dataclass(frozen=True)
-class Request:
-    """prompt: token ids. resumed: tokens generated elsewhere with the same seed; the stream goes on after them.
-
-    priority: lower comes first. deadline: seconds from submission, after which it is cancelled. key: whose it is; keys
-    get equal shares of what is computed.
-    """
-
-    prompt: Items[int]
-    sampling: Sampling = _DEFAULT
-    resumed: Items[int] = ()
-    priority: int = 0
-    deadline: float | None = None
-    key: str = ""
-    embed: bool = False  # no tokens, but the model's output at the last token of the prompt, of length 1
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """What a step did for request `id`: a token (None: none), the text that became certain, why it ended (None: not).
-
-    reason: stop (end token or stop text), length, cancelled, deadline, error. logprobs: when the request asks for them.
-    offset: whole characters of the completion before the token. error: what broke this request, and no other. cached:
-    tokens of the prompt that were found in the prefix cache, told with the first event.
-    """
-
-    id: int
-    token: int | None
-    text: str
-    reason: str | None
-    logprobs: Logprobs | None = None
-    offset: int = 0
-    error: Exception | None = None
-    cached: int = 0
-    embedding: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """A whole completion. tokens: all that were generated, with the end token if there was one.
-
-    logprobs: of each token, when they were asked for.
-    """
-
-    tokens: list[int]
-    text: str
-    reason: str
-    logprobs: list[Logprobs]
 
 
 class Engine:
@@ -383,7 +333,7 @@ class Engine:
     # -- a whole batch -------------------------------------------------------------------------------------------
 
     def generate(
-        self, prompts: Iterable[str | Items[int]], sampling: Sampling | Items[Sampling] = _DEFAULT
+        self, prompts: Iterable[str | Items[int]], sampling: Sampling | Items[Sampling] = DEFAULT
     ) -> list[Result]:
         """Complete `prompts`, texts or token ids, with one sampling for all or one each. Blocks until all are done.
 
@@ -430,36 +380,3 @@ def _groups(parts: list[Part]) -> list[list[Part]]:
             groups.append([part])
             total = part.tokens
     return [group for group in groups if group]
-
-
-def load(
-    path: str,
-    *,
-    dtype: str = "",
-    weights: str = "",
-    draft: str = "off",
-    max_rows: int = 32,
-    max_len: int = 2048,
-    **options: object,
-) -> Engine:
-    """The engine of a run (its newest checkpoint) or a model folder. One line of ValueError when it is not one.
-
-    dtype: what is computed in, fp32 or bf16; "" for what is stored. weights: how linear weights are held, fp32, bf16,
-    int8 or int4 as of `models.quant.pack`; "" packs bf16 on a CPU, where it is faster and no worse, and nothing else.
-    The `eos_token` of a tokenizer_config.json in it is an end token too. draft: as of `serve.drafters.make`.
-    """
-    from cluster import folder
-    from models import hub, quant
-    from serve import drafters
-    from serve.template import CONFIG, spelling
-
-    place = hub.locate(path)
-    stored = folder.load(place)
-    tokenizer = Tokenizer.from_str(stored.text("tokenizer.json")) if "tokenizer.json" in stored else None
-    end = spelling(stored.json(CONFIG).get("eos_token")) if CONFIG in stored else ""
-    model = hub.load(place)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = quant.held(model.to(device), dtype, weights)
-    drafter = drafters.make(draft, model, max_rows, max_len)
-    ends = [end] if end else []
-    return Engine(model, tokenizer, max_rows=max_rows, max_len=max_len, ends=ends, drafter=drafter, **options)

@@ -14,7 +14,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int)
     given = parser.parse_args()
     from cluster import storage
-    from serve.engine import Request, load
+    from serve.load import load
+    from serve.request import Request
     from serve.sampler import Sampling
 
     run = storage.join(storage.home(), "runs", given.model)

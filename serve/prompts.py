@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 if TYPE_CHECKING:
-    from serve.engine import Request
+    from serve.request import Request
 
 BOS = "<|bos|>"  # opens a document
 

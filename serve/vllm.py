@@ -20,9 +20,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from serve.engine import END, EOS, Engine, Event, Request
+from serve.engine import END, EOS, Engine
 from serve.grammar import Grammars
 from serve.prompts import Prompts
+from serve.request import Event, Request
 from serve.sampler import Logprobs, Sampling
 from serve.text import TextStream
 

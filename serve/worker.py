@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import closing
 from typing import Protocol
 
-from serve.engine import Engine, Event, Request
+from serve.engine import Engine
+from serve.request import Event, Request
 
 STALL_SECONDS = 10.0  # a step takes a small part of a second
 

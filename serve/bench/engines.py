@@ -19,7 +19,8 @@ LENGTH = 512
 
 
 def edifice(folder: Path, form: str, threads: int, simple: bool) -> Generate:
-    from serve.engine import Request, load
+    from serve.load import load
+    from serve.request import Request
     from serve.sampler import Sampling
 
     dtype = form if form in ("fp32", "bf16") else "bf16"

@@ -40,9 +40,9 @@ def uvicorn(folder: str, threads: int, port: int) -> None:
     import torch
     import uvicorn
 
-    from serve.engine import load
     from serve.http.api import create_app
     from serve.http.served import Served, Service
+    from serve.load import load
     from serve.worker import Worker
 
     torch.set_num_threads(threads)

@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from serve import grammar
-from serve.engine import Event, Request
 from serve.grammar import GrammarError
 from serve.http import keys
 from serve.http.errors import APIError, broken, translate
@@ -27,6 +26,7 @@ from serve.http.limits import Limits
 from serve.http.metrics import Watch
 from serve.http.schema import Body
 from serve.http.served import Served
+from serve.request import Event, Request
 from serve.sampler import Sampling
 from serve.worker import Busy, Failed
 

@@ -5,7 +5,6 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from serve.engine import Event
 from serve.http import tools
 from serve.http.answers import Answer
 from serve.http.errors import APIError, translate
@@ -14,6 +13,7 @@ from serve.http.logprobs import of_chat
 from serve.http.schema import ChatCompletion, Tool, Turn, plain
 from serve.http.served import Served
 from serve.http.tools import Calls, Piece
+from serve.request import Event
 
 
 class ChatAnswer(Answer):

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from serve.engine import Event
 from serve.http.answers import Answer
 from serve.http.logprobs import of_completion
 from serve.http.schema import Completion
+from serve.request import Event
 
 
 class CompletionAnswer(Answer):

@@ -6,11 +6,11 @@ import struct
 from contextlib import closing
 from typing import Any
 
-from serve.engine import Request
 from serve.http import keys
 from serve.http.errors import APIError, translate
 from serve.http.schema import Embedding
 from serve.http.served import Served
+from serve.request import Request
 from serve.sampler import Sampling
 from serve.worker import Busy, Failed
 

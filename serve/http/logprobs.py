@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from serve.engine import Event
+from serve.request import Event
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 

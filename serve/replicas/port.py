@@ -8,8 +8,8 @@ import asyncio
 import secrets
 from typing import Any
 
-from serve.engine import Event
 from serve.replicas.wire import Wire, nonce, pack_events, proof, proves, unpack_request
+from serve.request import Event
 from serve.worker import Failed, Worker
 
 PULSE_SECONDS = 1.0

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from serve.engine import Event, Request
 from serve.prompts import Prompts
 from serve.replicas.router import Router
 from serve.replicas.wire import Wire, nonce, pack_request, proof, proves, unpack_event
+from serve.request import Event, Request
 from serve.worker import Busy, Failed, Inbox
 
 SILENT_SECONDS = 8.0  # a replica speaks every second

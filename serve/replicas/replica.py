@@ -26,7 +26,7 @@ DRAIN_SECONDS = 20.0  # for requests to move, or to end when there is nowhere to
     graceful_shutdown_timeout_s=DRAIN_SECONDS + 5,
 )
 class Replica:
-    """options: of `serve.engine.load`. waiting, stall: of `serve.worker.Worker`."""
+    """options: of `serve.load.load`. waiting, stall: of `serve.worker.Worker`."""
 
     async def __init__(
         self, model: Model, directory: DeploymentHandle, waiting: int, stall: float, options: dict[str, Any]

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack
 
-from serve.engine import Event, Request
+from serve.request import Event, Request
 from serve.sampler import Logprobs, Sampling
 
 MOST_BYTES = 64 * 2**20  # of one message, and of what may wait to be sent

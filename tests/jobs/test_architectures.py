@@ -10,7 +10,8 @@ import models
 from jobs import cli
 from jobs.pretrain import pretrain, run_folder
 from models import hub
-from serve.engine import Engine, Request
+from serve.engine import Engine
+from serve.request import Request
 from serve.sampler import Sampling
 
 ROWS = [name for kind in ("mixer", "pattern") for name in models.names(kind=kind)]

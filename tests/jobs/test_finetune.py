@@ -215,7 +215,7 @@ def test_it_starts_from_the_given_weights_and_learns(tuned, prepared):
 
 
 def test_what_was_learnt_is_served_and_ends(tuned, tokens):
-    from serve.engine import load
+    from serve.load import load
     from serve.sampler import Sampling
     from serve.template import Template
 

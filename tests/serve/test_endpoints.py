@@ -8,12 +8,13 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from serve.engine import Engine, Event
+from serve.engine import Engine
 from serve.grammar import GrammarError
 from serve.http.api import Served, Service, create_app
 from serve.http.errors import broken
 from serve.http.limits import Limits
 from serve.replicas.wire import pack_events, unpack_event
+from serve.request import Event
 from serve.sampler import Sampling
 from serve.template import Template
 from serve.worker import Worker

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import models
-from serve.engine import Engine, Request
+from serve.engine import Engine
+from serve.request import Request
 from serve.sampler import Sampling
 
 MODELS = {

@@ -9,9 +9,10 @@ import time
 
 import pytest
 
-from serve.engine import Engine, Request
+from serve.engine import Engine
 from serve.replicas.port import Port
 from serve.replicas.remote import DEATHS, Address, Remote
+from serve.request import Request
 from serve.sampler import Sampling
 from serve.worker import Busy, Failed, Worker
 

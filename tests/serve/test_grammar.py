@@ -8,8 +8,9 @@ import pytest
 
 from serve import grammar
 from serve.drafters.ngram import NGram
-from serve.engine import Engine, Request
+from serve.engine import Engine
 from serve.grammar import GrammarError, Grammars
+from serve.request import Request
 from serve.sampler import Sampling
 
 POINT = {"type": "object", "properties": {"x": {"type": "number"}, "y": {"type": "integer"}}, "required": ["x", "y"]}

@@ -75,7 +75,7 @@ def test_more_alternatives_than_there_are_tokens():
 
 def test_penalties_are_exact(engine, decoder):
     """Against the definition, one token at a time; a stream that goes on elsewhere remembers what it said."""
-    from serve.engine import Request
+    from serve.request import Request
 
     prompt, tokens = engine.prompts.encode("def def def"), []
     sampling = Sampling(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import models
 from serve.drafters.ngram import NGram
-from serve.engine import Engine, Request
+from serve.engine import Engine
+from serve.request import Request
 from serve.sampler import Sampling
 
 STATES = {

@@ -5,8 +5,9 @@ import torch
 
 import models
 import serve.engine
-from serve.engine import Engine, Request
+from serve.engine import Engine
 from serve.pace import LEAST, MOST, SLACK, Pace
+from serve.request import Request
 from serve.sampler import Sampling
 from serve.scheduler import _PATIENCE
 

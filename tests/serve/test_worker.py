@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from serve.engine import Engine, Request
+from serve.engine import Engine
+from serve.request import Request
 from serve.sampler import Sampling
 from serve.worker import Busy, Failed, Worker
 

@@ -10,9 +10,9 @@ from dataclasses import asdict
 import uvicorn
 
 from serve import vllm
-from serve.engine import Request
 from serve.http.api import create_app
 from serve.http.served import Served, Service
+from serve.request import Request
 from serve.sampler import Sampling
 from serve.template import Template
 from serve.worker import Worker
