@@ -13,8 +13,9 @@ from torch import Tensor
 
 import kernels
 from models.layers.choice import Choice
+from models.reading import line, recall
 from models.span import Span
-from models.state import State, append, line, recall
+from models.state import State, append
 
 
 @dataclass(frozen=True)

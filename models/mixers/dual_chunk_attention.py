@@ -17,8 +17,9 @@ from models.config import at_least
 from models.layers.compressed import room
 from models.layers.grouped import Grouped
 from models.layers.merged import merged_attention
+from models.reading import line
 from models.span import Span
-from models.state import State, append, line
+from models.state import State, append
 from models.stateful import Place
 
 

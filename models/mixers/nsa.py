@@ -20,8 +20,9 @@ import kernels
 from models.config import at_least, parse_part
 from models.layers import compressed
 from models.layers.choice import Choice
+from models.reading import line
 from models.span import Span
-from models.state import State, TensorSpec, append, line
+from models.state import State, TensorSpec, append
 from models.stateful import Place, Stateful
 
 

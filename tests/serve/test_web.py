@@ -1,6 +1,5 @@
 """The page in a real Chromium, against the real application with tiny models."""
 
-import copy
 import json
 import re
 import shutil
@@ -9,13 +8,12 @@ import threading
 import time
 
 import pytest
-import torch
 import uvicorn
+from hands import answered, say, settle, shown, text_of
 from playwright.sync_api import expect, sync_playwright
 from starlette.testclient import TestClient
-from tokenizers import Tokenizer
+from talkers import HOSTILE, circling, endless, hostile
 
-import models
 from serve.drafters.ngram import NGram
 from serve.engine import Engine
 from serve.http import pages
@@ -26,44 +24,6 @@ from serve.template import Template
 from serve.worker import Worker
 
 MAX_LEN = 6000  # takes longer than any test waits: such an answer has to be stopped
-HOSTILE = [
-    "<script>hacked=1</script>",
-    "<img src=x onerror=hacked=2>",
-    "<svg onload=hacked=3>",
-    '"><iframe srcdoc="<script>top.hacked=4</script>">',
-    "[go](javascript:hacked=5)",
-    "<style>*{display:none}</style>",
-    "\n```js\n",
-    "</code></pre>",
-]
-
-
-def endless(model, tokenizer):
-    """`model`, which never ends an answer when it is greedy: the best logit is above 0."""
-    model = copy.deepcopy(model)
-    ends = [tokenizer.token_to_id(end) for end in ("<|eos|>", "<|end|>")]
-    with torch.no_grad():
-        model.head.weight[ends] = 0
-    return model
-
-
-def circling(tokenizer):
-    """A model whose greedy text goes in circles, as only the last token counts: no attention reaches its stream."""
-    torch.manual_seed(0)
-    model = models.build("decoder", vocab=tokenizer.get_vocab_size(), dim=32, layers=2, pattern="gqa")
-    with torch.no_grad():
-        for block in model.blocks:
-            block.mixer.wo.weight.zero_()
-    return endless(model, tokenizer)
-
-
-def hostile(tokenizer):
-    """A model that mostly says markup, as most of its tokens are some."""
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.add_tokens([piece + " " * blanks for blanks in range(1, 80) for piece in HOSTILE])
-    torch.manual_seed(0)
-    model = models.build("decoder", vocab=tokenizer.get_vocab_size(), dim=32, layers=2, pattern="gqa")
-    return endless(model, tokenizer), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -151,40 +111,11 @@ def visit(browser):
     assert wrong == []
 
 
-def settle(page, **values):
-    """Gives settings, as typing does."""
-    for name, value in values.items():
-        script = "(e, v) => { e.value = v; e.dispatchEvent(new Event('input', {bubbles: true})); }"
-        page.locator(f"#options [name={name}]").evaluate(script, value)
-
-
-def say(page, text):
-    page.locator("#prompt").fill(text)
-    page.locator("#prompt").press("Enter")
-
-
-def answered(page, turns=2):
-    """The last of `turns` turns, complete and whole."""
-    expect(page.locator("#turns > li")).to_have_count(turns)
-    expect(page.locator("body.busy")).to_have_count(0)
-    assert page.locator("#turns > li").last.locator(".wrong").text_content() == ""
-    return page.locator("#turns > li").last
-
-
 def greedy(served, messages, tokens):
     """What the model says, computed here."""
     engine = Engine(served.backend.engine.model, served.prompts.tokenizer, max_rows=1, max_len=512)
     prompt = served.template.encode(messages) if served.template else served.prompts.encode(messages)
     return engine.generate([prompt], Sampling(max_tokens=tokens, temperature=0))[0].text
-
-
-def text_of(turn) -> str:
-    return turn.locator(":scope > .body").inner_text()
-
-
-def shown(text) -> str:
-    """As a browser's inner_text tells it: without the ends' blanks."""
-    return text.strip()
 
 
 def test_a_conversation(visit, url, served):
