@@ -69,10 +69,10 @@ class Replica:
 
 def _start(model: Model, waiting: int, stall: float, options: dict[str, Any]) -> Any:
     """The worker of a model. Takes long."""
-    from serve import engine, vllm
+    from serve import load, vllm
     from serve.worker import Worker
 
     kind, rest = options["engine"], {name: value for name, value in options.items() if name != "engine"}
-    loaded = (vllm if kind == "vllm" else engine).load(model.source, **rest)
+    loaded = (vllm if kind == "vllm" else load).load(model.source, **rest)
     loaded.warm()  # what is broken shows now, too
     return Worker(loaded, waiting, stall)
