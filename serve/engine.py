@@ -257,9 +257,9 @@ class Engine:
         try:
             tokens = sample(shape(logits_NC, wanted), samplings, positions)
             told = logprobs(logits_NC, tokens, samplings)
-        except FloatingPointError:  # it is the model that broke, and the memory others share may be damaged
-            raise
         except Exception as error:
+            if not bool(logits_NC.amax(-1).isfinite().all()):  # the model broke, and what others share may be damaged
+                raise
             if len(parts) == 1:
                 return [error]
             own = logits_NC.split([part.wanted for part in parts])

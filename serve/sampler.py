@@ -80,8 +80,8 @@ class Sampling:
         for name in ("frequency_penalty", "presence_penalty"):
             if not -2 <= getattr(self, name) <= 2:
                 raise ValueError(f"{name}={getattr(self, name)}: must be between -2 and 2")
-        if not 0 < self.repetition_penalty <= 10:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty}: must be above 0 and at most 10")
+        if not 0.01 <= self.repetition_penalty <= 10:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty}: must be between 0.01 and 10")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p}: must be between 0 and 1")
         if not all(-100 <= value <= 100 for _, value in self.logit_bias):

@@ -5,6 +5,8 @@ by one, guessed by a draft and checked together, or replayed on another machine.
 
     l += bias;   l[ends] = -inf before min_tokens;   l = l / r if l > 0 else l * r for tokens of prompt and completion;
     l -= frequency * count + presence * [count > 0];   l = -inf for what the grammar forbids
+
+Where a grammar has nothing but an end, it comes also before min_tokens.
 """
 
 from collections.abc import Iterable
@@ -57,6 +59,10 @@ class Shaper:
         """Whether the grammar has nothing more to say."""
         return self.matcher is not None and self.matcher.finished
 
+    def early(self, ahead: Items[int]) -> bool:
+        """Whether it may not end yet, with `ahead` after what was pushed."""
+        return self.generated + len(ahead) < self.sampling.min_tokens
+
     def counted(self, ahead: Items[int]) -> tuple[np.ndarray, np.ndarray] | None:
         """Tokens that penalties know and how often each came, with `ahead` after what was pushed."""
         return None if self._tally is None else self._tally.counted(ahead)
@@ -103,15 +109,18 @@ def shape(logits_NC: Tensor, wanted: Items[tuple[Shaper | None, Items[int]]]) ->
     rows = [(row, shaper, ahead) for row, (shaper, ahead) in enumerate(wanted) if shaper is not None]
     if not rows:
         return logits_NC
-    logits_NC = logits_NC.to(torch.float32, copy=True)
-    _add_bias(logits_NC, rows)
-    _penalize(logits_NC, rows)
+    own_NC = logits_NC.to(torch.float32, copy=True)
+    _add_bias(own_NC, rows)
+    _penalize(own_NC, rows)
     for row, shaper, ahead in rows:
         if shaper.matcher is not None:
-            allowed_C = shaper.matcher.allowed(logits_NC.shape[1], ahead)
+            allowed_C = shaper.matcher.allowed(own_NC.shape[1], ahead)
             if allowed_C is not None:
-                logits_NC[row].masked_fill_(~allowed_C.to(logits_NC.device), float("-inf"))
-    return logits_NC
+                forbidden_C = ~allowed_C.to(own_NC.device)
+                own_NC[row].masked_fill_(forbidden_C, float("-inf"))
+                if shaper.early(ahead) and not bool(own_NC[row].isfinite().any()):  # the grammar has but an end here
+                    own_NC[row] = logits_NC[row].masked_fill(forbidden_C, float("-inf"))
+    return own_NC
 
 
 _Rows = list[tuple[int, Shaper, Items[int]]]
@@ -123,7 +132,7 @@ def _add_bias(logits_NC: Tensor, rows: _Rows) -> None:
     if parts:
         row_M, id_M, (bias_M,) = _flat(parts, logits_NC)
         logits_NC[row_M, id_M] += bias_M
-    early = [(row, s.ends) for row, s, ahead in rows if s.generated + len(ahead) < s.sampling.min_tokens]
+    early = [(row, shaper.ends) for row, shaper, ahead in rows if shaper.early(ahead)]
     if early:
         row_M, id_M, _ = _flat(early, logits_NC)
         logits_NC[row_M, id_M] = float("-inf")

@@ -102,9 +102,10 @@ class Template:
                 return {hidden(key): hidden(each) for key, each in value.items()}
             return [hidden(each) for each in value] if isinstance(value, Sequence) else value
 
-        parts = {"messages": hidden(messages), "tools": hidden(tools) or None}
         try:
+            parts = {"messages": hidden(messages), "tools": hidden(tools) or None}
             text = self._template.render(**parts, add_generation_prompt=True, **self._tokens)
+            text.encode()  # a half of a character has no tokens
         except (TemplateError, TypeError, ValueError, LookupError, RecursionError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"messages: the model's chat template refuses them: {reason}") from None

@@ -56,7 +56,7 @@ class Strict(BaseModel):
         unknown = next((key for key in body if key not in known), None)
         if unknown is not None:  # one is told; a hundred thousand would take seconds
             return {unknown: body[unknown], **{key: value for key, value in body.items() if key in known}}
-        if len(body.get("logit_bias", ())) > BIASES:
+        if isinstance(body.get("logit_bias"), dict) and len(body["logit_bias"]) > BIASES:
             raise ValueError(f"logit_bias: at most {BIASES} tokens are allowed")
         for key, values in cls.neutral.items():
             if key in body and body.pop(key) not in values:
@@ -128,13 +128,13 @@ class Body(Strict):
     model: str
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: Whole = Field(0, ge=-1)
+    top_k: Whole = Field(0, ge=-1, lt=2**31)
     min_p: float = Field(0.0, ge=0, le=1)
     n: Whole = Field(1, ge=1, le=128)
     seed: Whole | None = Field(None, ge=-(2**63), lt=2**64)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = Field(
         default_factory=dict, max_length=BIASES
     )
@@ -248,7 +248,7 @@ class Answered(Strict):
     def _something(self) -> "Answered":
         if self.content is None and not self.tool_calls:
             raise ValueError(f"content: {SHAPES['content']}")
-        calls = [text for call in self.tool_calls or () for text in (call.function.name, call.function.arguments)]
+        calls = [text for call in self.tool_calls or () for text in (call.id, call.function.name, call.function.arguments)]
         check_unicode("content", plain(self.content), self.name or "", *calls)
         return self
 

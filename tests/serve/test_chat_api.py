@@ -164,11 +164,18 @@ def test_half_characters(worker, tokenizer):
     http = TestClient(
         create_app(Service.of(Served.local(worker, "tiny", Template(tokenizer)))), client=("127.0.0.1", 1)
     )
-    for content in ('"\\ud800"', '[{"type": "text", "text": "\\ud800"}]'):
-        body = f'{{"model": "tiny", "messages": [{{"role": "user", "content": {content}}}]}}'
+    half = "messages[0].content: must be Unicode text"
+    call = '{"role": "assistant", "tool_calls": [{"id": "%s", "function": {"name": "f", "arguments": "%s"}}]}'
+    for message, told in [
+        ('{"role": "user", "content": "\\ud800"}', half),
+        ('{"role": "user", "content": [{"type": "text", "text": "\\ud800"}]}', half),
+        (call % ("\\ud800", "{}"), half),
+        (call % ("a", r"{\"a\": \"\\ud800\"}"), "messages: the model's chat template refuses them"),
+    ]:
+        body = f'{{"model": "tiny", "messages": [{message}]}}'
         answer = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["param"] == "messages"
-        assert answer.json()["error"]["message"].startswith("messages[0].content: must be Unicode text")
+        assert answer.json()["error"]["message"].startswith(told)
 
 
 def test_models_without_a_template_and_templates_that_refuse(worker, tokenizer):

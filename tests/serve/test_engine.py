@@ -272,6 +272,15 @@ def test_a_request_that_breaks_ends_alone(decoder, tokenizer, where, monkeypatch
         assert not engine.busy
 
 
+def test_a_request_with_nothing_left_to_draw_ends_alone():
+    """It is no sign of a broken model, so the engine goes on."""
+    torch.manual_seed(0)
+    engine = Engine(models.build("decoder", vocab=8, dim=16, layers=1, pattern="gqa"), max_len=20)
+    with pytest.raises(FloatingPointError):
+        engine.generate([[1]], Sampling(seed=1, min_tokens=1, stop_token_ids=tuple(range(8))))
+    assert len(engine.generate([[1]], Sampling(max_tokens=3, seed=1))[0].tokens) == 3
+
+
 def test_the_engine_needs_neither_ray_nor_a_web_server():
     import subprocess
     import sys

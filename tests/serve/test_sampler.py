@@ -150,6 +150,7 @@ def test_half_precision_and_forbidden_tokens():
         {"logprobs": 21},
         {"min_p": -0.1},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-9},
         {"min_tokens": 17},
     ],
     ids=str,

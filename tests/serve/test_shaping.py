@@ -68,6 +68,16 @@ def test_nothing_to_do_is_nothing_done():
     assert shape(logits_NC, [(None, ()), (None, ())]) is logits_NC
 
 
+@pytest.mark.parametrize("stop", [(), ("a",)])
+def test_a_grammar_that_has_only_an_end_has_it_before_min_tokens(tokenizer, stop):
+    stop = tuple(map(tokenizer.token_to_id, stop))
+    ends = [tokenizer.token_to_id("<|eos|>")]
+    matcher = Grammars(tokenizer, 300, ends).matcher(grammar.of_regex("a" if stop else ""))
+    shaper = Shaper(Sampling(min_tokens=3, stop_token_ids=stop), ends=ends, matcher=matcher)
+    left = shape(torch.zeros(1, 300), [(shaper, ())])[0].isfinite().nonzero()[:, 0].tolist()
+    assert left == [*(stop or ends)]
+
+
 @pytest.mark.parametrize("classes", [300, 320])
 def test_a_grammar_along_a_draft(tokenizer, classes):
     """Each place of a draft has the mask of its own tokens; the matcher itself has not moved. A model may have more
