@@ -35,6 +35,7 @@ from serve.shaping import Shaper, shape
 from serve.speculative import Draft, Drafter, Speculation
 from serve.step import Call, Part, Step
 from serve.text import TextStream
+from serve.timing import Timing
 
 EOS, END = "<|eos|>", "<|end|>"  # of a document, and of a turn in a chat
 _SPARSE = 0.3  # rows of different lengths share a call when at most this part of it is padding; measured on a CPU
@@ -95,6 +96,7 @@ class Engine:
         self.prompts = Prompts(tokenizer, model.config.vocab, max_len, self.memory.longest)
         self._ids = count()
         self._steps = self._generated = 0
+        self._timing = Timing()
         self._live: dict[int, Sequence] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap of times and requests
         self._pending: list[Event] = []
@@ -146,7 +148,7 @@ class Engine:
 
         running, waiting: requests; rows: that can run. pages_used, pages_total: pages of running requests, and all.
         prefix_queries, prefix_hits: tokens looked for in the prefix cache, and found; evictions: blocks it gave up.
-        preemptions, steps; generated, drafted, accepted: tokens.
+        preemptions, steps; generated, drafted, accepted: tokens. Histograms as of `serve.timing`.
         """
         scheduler, memory, cache, speculation = self.scheduler, self.memory, self.cache, self.speculation
         return {
@@ -164,6 +166,7 @@ class Engine:
             "drafts": speculation.drafts if speculation else 0,
             "steps": self._steps,
             "generated": self._generated,
+            **self._timing.stats(),
         }
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -176,14 +179,17 @@ class Engine:
         events, self._pending = self._pending, []
         work = self.scheduler.plan()
         self._steps += bool(work)
-        begun, drafts = perf_counter(), self._drafts(work)
+        begun, drafts, computed = perf_counter(), self._drafts(work), 0
         while work:
+            computed += sum(tokens for _, tokens in work)
             for group in _groups([Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]):
                 begin = perf_counter()
                 call = self.call(group)
                 events += self._finish(call)
                 self._timed(call, perf_counter() - begin)
             work, drafts = self.scheduler.rest(), {}
+        if computed:
+            self._timing.add("step", computed)
         self.pace.stepped(perf_counter() - begun)
         return events
 
@@ -281,6 +287,8 @@ class Engine:
         del self._live[sequence.id]  # first: one that has ended already is an error of the engine
         self.scheduler.remove(sequence)
         self._forget(sequence)
+        if sequence.first is not None:
+            self._timing.ended(sequence.arrived, sequence.begun, sequence.first, perf_counter())
 
     def _forget(self, sequence: Sequence) -> None:
         if self.speculation is not None:
@@ -302,6 +310,8 @@ class Engine:
         """The next token of a sequence, and whether it is the last."""
         sequence.tokens.append(token)
         sequence.generated += 1
+        if sequence.first is None:
+            sequence.first = perf_counter()
         self._generated += 1
         sampling, stream, text, reason = sequence.sampling, sequence.text, "", None
         offset = 0 if stream is None else stream.length

@@ -14,6 +14,7 @@ cache is found there) or with its state kept outside. So does one whose row a se
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
+from time import perf_counter
 
 from serve.memory import Offload, StateMemory
 from serve.pace import Pace
@@ -30,6 +31,7 @@ class Sequence:
     """One request on its way: `tokens` are known, the first `computed` of them are in the state of `row`.
 
     cached: prompt tokens that were found in the prefix cache. passed: how often a later one started before it.
+    arrived, begun, first: when it came, first had a row and had its first token, in seconds of `perf_counter`.
     """
 
     id: int
@@ -48,6 +50,9 @@ class Sequence:
     passed: int = 0
     trail: Trail | None = None
     offload: Offload | None = None
+    arrived: float = field(default_factory=perf_counter)
+    begun: float | None = None
+    first: float | None = None
 
     def __post_init__(self) -> None:
         self.generated = len(self.tokens) - self.prompt
@@ -218,7 +223,8 @@ class Scheduler:
             sequence.computed, sequence.offload = sequence.offload.length, None
         elif trail is not None:
             self.cache.found(trail, len(sequence.tokens))
-        if sequence.cached is None:
+        if sequence.begun is None:
+            sequence.begun = perf_counter()
             sequence.cached = min(sequence.computed, sequence.prompt)
         return True
 

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from serve import grammar
 from serve.grammar import GrammarError
 from serve.http import keys
+from serve.http.clients import while_there
 from serve.http.errors import APIError, broken, translate
 from serve.http.flow import Flow
 from serve.http.limits import Limits
@@ -228,19 +229,12 @@ class Reply(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = self.answer.body.stream
-        work = asyncio.ensure_future(self._stream(send) if stream else self._whole(scope, receive, send))
-        leave = asyncio.ensure_future(_left(receive))
         self.flow.streams += stream
         try:
-            await asyncio.wait((work, leave), return_when=asyncio.FIRST_COMPLETED)
+            await while_there(receive, self._stream(send) if stream else self._whole(scope, receive, send))
         finally:
             self.flow.streams -= stream
             self.answer.close()
-            leave.cancel()
-            if not work.done():
-                work.cancel()
-        if work.done():
-            work.result()
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -263,9 +257,3 @@ class Reply(Response):
             if rest > 0:
                 await asyncio.sleep(rest)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _left(receive: Receive) -> None:
-    """Until the client has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass

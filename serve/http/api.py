@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from serve.http import pages, predictions, tokens
 from serve.http.answers import Answer, Reply
 from serve.http.chats import ChatAnswer
+from serve.http.clients import while_there
 from serve.http.completions import CompletionAnswer
 from serve.http.embeddings import embed
 from serve.http.errors import APIError, invalid, translate
@@ -132,8 +133,8 @@ def create_app(service: Service) -> FastAPI:
         return await respond(ChatAnswer(_find(service, body.model), body, service.limits))
 
     @app.post("/v1/embeddings", response_model=EmbeddingReply, responses=WORK)
-    async def embeddings(body: Embedding) -> Response:
-        return JSONResponse(await embed(_find(service, body.model), body))
+    async def embeddings(request: HTTPRequest, body: Embedding) -> Response:
+        return JSONResponse(await while_there(request.receive, embed(_find(service, body.model), body, service.limits)))
 
     @app.post("/tokenize", responses=WORK)
     async def tokenize(body: Tokenization) -> Tokens:

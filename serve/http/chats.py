@@ -10,7 +10,8 @@ from serve.http.answers import Answer
 from serve.http.errors import APIError, translate
 from serve.http.limits import Limits
 from serve.http.logprobs import of_chat
-from serve.http.schema import ChatCompletion, Tool, Turn, plain
+from serve.http.messages import Tool, Turn, plain
+from serve.http.schema import ChatCompletion
 from serve.http.served import Served
 from serve.http.tools import Calls, Piece
 from serve.request import Event

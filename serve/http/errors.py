@@ -6,7 +6,8 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from serve.grammar import GrammarError
-from serve.http.schema import HALF, SHAPES, ChatCompletion, Completion, Detokenization, Embedding, Tokenization
+from serve.http.fields import HALF, SHAPES
+from serve.http.schema import ChatCompletion, Completion, Detokenization, Embedding, Tokenization
 from serve.worker import Busy, Failed
 
 RETRY_SECONDS = 1  # after which an overloaded server is asked again

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Metric, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+from serve import timing
 from serve.request import Event, Request
 
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -40,6 +41,13 @@ _COUNTERS = [
     ("num_steps", "steps", "Steps of the engine"),
     ("num_generated_tokens", "generated", "Tokens that the engine generated, also for clients that had gone"),
     ("num_requests_moved", "moved", "Completions that went on in another replica"),
+]
+_HISTOGRAMS = [  # and the kind of `serve.timing`
+    ("request_queue_time_seconds", "queue", "From the engine's door to a row"),
+    ("request_prefill_time_seconds", "prefill", "From a row to the first token"),
+    ("request_decode_time_seconds", "decode", "From the first token to the end"),
+    ("request_inference_time_seconds", "inference", "From a row to the end"),
+    ("iteration_tokens_total", "step", "Tokens that a step of the engine computed"),
 ]
 
 
@@ -101,6 +109,12 @@ class Metrics:
             if key in stats:
                 family = CounterMetricFamily(f"edifice_{name}", text, labels=labels)
                 family.add_metric(values, stats[key])
+                yield family
+        for name, kind, text in _HISTOGRAMS:
+            found = timing.read(stats, kind)
+            if found is not None:
+                family = HistogramMetricFamily(f"edifice_{name}", text, labels=labels)
+                family.add_metric(values, *found)
                 yield family
 
 

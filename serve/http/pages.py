@@ -64,4 +64,5 @@ def _file(request: HTTPRequest, name: str) -> Response:
 
 
 def _numbers(served: Any) -> dict[str, Any]:
-    return {"chat": served.template is not None, "max_len": served.prompts.longest, **served.backend.stats()}
+    numbers = {name: value for name, value in served.backend.stats().items() if "_le_" not in name}  # no histograms
+    return {"chat": served.template is not None, "max_len": served.prompts.longest, **numbers}

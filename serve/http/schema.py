@@ -1,80 +1,27 @@
 """What the endpoints take: OpenAI's fields, and beside them those that vLLM's clients know, such as `top_k`, `min_p`,
 `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`, `structured_outputs` and `priority`.
-
-A field that OpenAI has and this server has not is accepted with its neutral values only, so that no client gets
-something else than it asked for. Anything unknown is an error. null means the default.
 """
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
-from pydantic_core import CoreSchema
+from pydantic import ConfigDict, Field, model_validator
 
+from serve.http.fields import (
+    BIASES,
+    FIRST,
+    SHAPES,
+    STOPS,
+    TOOLS,
+    Id,
+    Strict,
+    Texts,
+    Whole,
+    Word,
+    check_unicode,
+    split,
+)
+from serve.http.messages import Choice, Tool, Turn
 from serve.sampler import MOST_LOGPROBS
-
-PROMPTS, STOPS, BIASES, TOOLS = 2048, 16, 1024, 128  # at most
-SHAPES = {  # of fields with several types, whose own messages would name only one of them
-    "prompt": f"must be a text, a list of texts, a list of token ids, or a list of such lists, at most {PROMPTS}",
-    "input": f"must be a text, a list of texts, a list of token ids, or a list of such lists, at most {PROMPTS}",
-    "stop": f"must be a text or a list of at most {STOPS} texts, none of them empty",
-    "messages": "must be a list of at least one message, each with a role and a content",
-    "role": "must be system, developer, user, assistant or tool",
-    "content": 'must be a text, or a list of parts {"type": "text", "text": ...}',
-    "response_format": 'must be {"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": '
-    '{"name": ..., "schema": {...}}}',
-    "tool_choice": 'must be none, auto, required or {"type": "function", "function": {"name": ...}}',
-    "structured_outputs": "must have exactly one of json, regex, choice, grammar and json_object",
-}
-HALF = "must be Unicode text, and there is half a character (a lone surrogate) in it"
-FIRST = Field(fail_fast=True)  # of a list: one complaint is told, so the first is enough; a million take seconds
-SOME = Field(fail_fast=True, min_length=1)
-FEW = Field(fail_fast=True, min_length=1, max_length=PROMPTS)
-Id = Annotated[int, Field(ge=0)]
-Ids = Annotated[list[Id], SOME]
-Texts = str | Ids | Annotated[list[str], FEW] | Annotated[list[Ids], FEW]
-Whole = Annotated[
-    int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value % 1 == 0 else value)
-]
-
-
-Word = Annotated[str, Field(min_length=1)]
-
-
-class Strict(BaseModel):
-    """Nothing unknown, nothing converted; null is as if it were left out."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
-    neutral: ClassVar[dict[str, tuple]] = {}  # what of OpenAI's is not offered, and the values that ask for nothing
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        body = {key: value for key, value in body.items() if value is not None}
-        known = {field.alias or name for name, field in cls.model_fields.items()} | cls.neutral.keys()
-        unknown = next((key for key in body if key not in known), None)
-        if unknown is not None:  # one is told; a hundred thousand would take seconds
-            return {unknown: body[unknown], **{key: value for key, value in body.items() if key in known}}
-        if isinstance(body.get("logit_bias"), dict) and len(body["logit_bias"]) > BIASES:
-            raise ValueError(f"logit_bias: at most {BIASES} tokens are allowed")
-        for key, values in cls.neutral.items():
-            if key in body and body.pop(key) not in values:
-                raise ValueError(f"{key}: not supported by this server; leave it out")
-        return body
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        schema = handler(core_schema)
-        own = handler.resolve_ref_schema(schema)
-        required = own.get("required", ())
-        properties = own.setdefault("properties", {})
-        for name, field in properties.items():
-            if name not in required:
-                field.pop("default", None)
-                properties[name] = {"anyOf": [field, {"type": "null"}]}
-        properties.update({name: {"enum": [*values, None]} for name, values in cls.neutral.items()})
-        return schema
 
 
 class StreamOptions(Strict):
@@ -200,103 +147,6 @@ class Completion(Body):
         return split("prompt", self.prompt)
 
 
-class Part(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class FunctionCall(Strict):
-    name: str
-    arguments: str  # JSON
-
-
-class ToolCall(Strict):
-    """A call that the assistant made."""
-
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionCall
-
-
-Content = str | Annotated[list[Part], FIRST]
-
-
-class Said(Strict):
-    """A message of the one who asks."""
-
-    role: Literal["system", "developer", "user"]
-    content: Content
-    name: str | None = None
-
-    @model_validator(mode="after")
-    def _unicode(self) -> "Said":
-        check_unicode("content", plain(self.content), self.name or "")
-        return self
-
-
-class Answered(Strict):
-    """A message of the assistant, as an answer has it."""
-
-    neutral: ClassVar[dict[str, tuple]] = {"refusal": (), "annotations": ([],), "audio": (), "function_call": ()}
-
-    role: Literal["assistant"]
-    content: Content | None = None
-    name: str | None = None
-    tool_calls: Annotated[list[ToolCall], FIRST] | None = Field(None, max_length=TOOLS)
-
-    @model_validator(mode="after")
-    def _something(self) -> "Answered":
-        if self.content is None and not self.tool_calls:
-            raise ValueError(f"content: {SHAPES['content']}")
-        calls = [text for call in self.tool_calls or () for text in (call.id, call.function.name, call.function.arguments)]
-        check_unicode("content", plain(self.content), self.name or "", *calls)
-        return self
-
-
-class Result(Strict):
-    """What a tool gave."""
-
-    role: Literal["tool"]
-    content: Content
-    tool_call_id: str
-
-    @model_validator(mode="after")
-    def _unicode(self) -> "Result":
-        check_unicode("content", plain(self.content), self.tool_call_id)
-        return self
-
-
-Turn = Annotated[Said | Answered | Result, Field(discriminator="role")]
-
-
-def plain(content: str | list[Part] | None) -> str:
-    """The text of a message."""
-    return "".join(part.text for part in content) if isinstance(content, list) else content or ""
-
-
-class Function(Strict):
-    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
-    description: str = ""
-    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
-    strict: bool = False  # calls that are enforced follow the parameters in any case
-
-
-class Tool(Strict):
-    type: Literal["function"]
-    function: Function
-
-
-class Named(Strict):
-    name: str
-
-
-class Choice(Strict):
-    """A tool that must be called."""
-
-    type: Literal["function"]
-    function: Named
-
-
 class ChatCompletion(Body):
     """A request body of POST /v1/chat/completions. Without max_tokens a turn is as long as there is room."""
 
@@ -388,19 +238,3 @@ class Detokenization(Strict):
 
     model: str
     tokens: Annotated[list[Id], FIRST]
-
-
-def split(name: str, texts: str | list) -> list[str | list[int]]:
-    """One by one."""
-    each = [texts] if isinstance(texts, str) or isinstance(texts[0], int) else list(texts)
-    check_unicode(name, *(text for text in each if isinstance(text, str)))
-    return each
-
-
-def check_unicode(name: str, *texts: str) -> None:
-    """ValueError for half a character: JSON can spell one (\\ud800), and no encoding of it exists."""
-    try:
-        for text in texts:
-            text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{name}: {HALF}") from None

@@ -6,11 +6,17 @@ as lost; so does one that is told of an engine that broke or is wedged, for then
 
 import asyncio
 import secrets
+from asyncio import Future
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
+from serve.grammar import GrammarError
 from serve.replicas.wire import Wire, nonce, pack_events, proof, proves, unpack_request
-from serve.request import Event
+from serve.request import Event, Request
 from serve.worker import Failed, Worker
+
+Requests = list[tuple[int, Request]]  # each with its tag
 
 PULSE_SECONDS = 1.0
 HANDSHAKE_SECONDS = 10.0
@@ -79,6 +85,7 @@ class Line(Wire):
     def __init__(self, port: Port) -> None:
         super().__init__()
         self.tags: set[int] = set()  # of the requests that have not ended
+        self._early: set[int] = set()  # of those whose grammar is being compiled
         self._port, self._challenge = port, nonce()
         self._loop = asyncio.get_running_loop()
 
@@ -93,9 +100,35 @@ class Line(Wire):
         elif kind == "submit":
             requests = [(tag, unpack_request(packed)) for tag, packed in message[0]]
             self.tags.update(tag for tag, _ in requests)
-            self._port.worker.submit(self, requests)
+            self._submit(requests)
         elif kind == "cancel":
+            dropped = self._early.intersection(message[0])
+            self.tags -= dropped
+            self._early -= dropped
             self._port.worker.cancel(self, message[0])
+
+    def _submit(self, requests: Requests) -> None:
+        """What has a grammar comes a little later: the engine's steps must not wait until it is compiled."""
+        ready = [(tag, request) for tag, request in requests if not request.sampling.grammar]
+        if ready:
+            self._port.worker.submit(self, ready)
+        rules: dict[str, Requests] = {}
+        for tag, request in requests:
+            if request.sampling.grammar:
+                rules.setdefault(request.sampling.grammar, []).append((tag, request))
+        for rule, later in rules.items():
+            self._early.update(tag for tag, _ in later)
+            compiling = self._loop.run_in_executor(None, self._compile, rule)
+            compiling.add_done_callback(partial(self._compiled, later))
+
+    def _compile(self, rule: str) -> None:
+        with suppress(GrammarError):  # the engine finds it again, and tells
+            self._port.worker.engine.grammars.matcher(rule)
+
+    def _compiled(self, requests: Requests, _: Future) -> None:
+        wanted = [(tag, request) for tag, request in requests if tag in self._early]
+        self._early.difference_update(tag for tag, _ in wanted)
+        self._port.worker.submit(self, wanted)
 
     def _greet(self, kind: str, answer: Any = None, challenge: Any = None) -> None:
         secret = self._port.secret
@@ -110,7 +143,7 @@ class Line(Wire):
         self._late.cancel()
         self._port.lines.discard(self)
         self._port.worker.cancel(self, self.tags)
-        self.tags = set()
+        self.tags, self._early = set(), set()
 
     # -- from the engine's thread --------------------------------------------------------------------------------
 

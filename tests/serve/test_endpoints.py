@@ -1,6 +1,8 @@
 """What clients ask of a server besides plain text: forms, embeddings, usage, tokens; and what operators ask."""
 
+import asyncio
 import json
+import threading
 
 import jsonschema
 import openai
@@ -19,6 +21,7 @@ from serve.sampler import Sampling
 from serve.template import Template
 from serve.worker import Worker
 
+JSON = {"Content-Type": "application/json"}
 MESSAGES = [{"role": "user", "content": "def f"}]
 SCHEMA = {
     "type": "object",
@@ -141,6 +144,45 @@ def test_embeddings(client, http, decoder, tokenizer):
         answer = http.post("/v1/embeddings", json={"model": "tiny", **body})
         assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(message)
         assert answer.json()["error"]["param"] == next(iter({*body} - {"input"}), "input")
+
+
+def test_embeddings_end_with_their_client_and_their_time(decoder, tokenizer, monkeypatch):
+    """While a step of the engine lasts: the application itself, whose client leaves."""
+    worker, step = Worker(Engine(decoder, tokenizer, max_rows=1, max_len=60)), threading.Event()
+    limits = Limits(answer_seconds=1e-9)
+    app = create_app(Service.of(Served.local(worker, "tiny"), limits=limits))
+    body = json.dumps({"model": "tiny", "input": ["a", "b"]}).encode()
+    messages = [{"type": "http.request", "body": body}, {"type": "http.disconnect"}]
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/embeddings",
+        "query_string": b"",
+        "client": ("127.0.0.1", 1),
+    }
+    scope["headers"] = [(b"content-type", b"application/json")]
+
+    async def leave():
+        async def receive():
+            while len(messages) == 1 and not worker.engine.busy:
+                await asyncio.sleep(0.01)
+            return messages.pop(0)
+
+        async def send(message):
+            pass
+
+        await asyncio.wait_for(app(scope, receive, send), 30)
+
+    try:
+        answer = TestClient(app, client=("127.0.0.1", 1)).post("/v1/embeddings", content=body, headers=JSON)
+        assert answer.status_code == 503 and "within 1e-09 seconds" in answer.json()["error"]["message"]
+        own = worker.engine.step
+        monkeypatch.setattr(worker.engine, "step", lambda: step.wait() and own())
+        asyncio.run(leave())
+        assert worker.engine.busy
+    finally:
+        step.set()
+        worker.stop()
 
 
 def test_tokens(http, tokenizer):

@@ -5,10 +5,12 @@ other sizes are.
 """
 
 import asyncio
+import threading
 import time
 
 import pytest
 
+from serve import grammar
 from serve.engine import Engine
 from serve.replicas.port import Port
 from serve.replicas.remote import DEATHS, Address, Remote
@@ -177,8 +179,6 @@ def test_a_replica_that_leaves_is_vacated(run, replicas):
 
 def test_a_wedged_engine_is_left(run, replicas, monkeypatch):
     """A step that never ends: the thread lives, and computes nothing."""
-    import threading
-
     release = threading.Event()
 
     async def main(remote, addresses):
@@ -210,6 +210,30 @@ def test_a_wedged_engine_is_left(run, replicas, monkeypatch):
         run(main)
     finally:
         release.set()
+
+
+def test_a_slow_grammar_holds_up_nobody(run, replicas, monkeypatch):
+    """Nor does one whose client leaves meanwhile ever run."""
+    compiled = threading.Event()
+    slow = [Request([1, 2], Sampling(max_tokens=20, seed=1, grammar=grammar.of_regex("[ab]{5}")))]
+
+    async def main(remote, addresses):
+        expected, plain = await collect(replicas[1].worker, slow), await collect(replicas[1].worker)
+        engine = replicas[0].worker.engine
+        matcher = engine.grammars.matcher
+        monkeypatch.setattr(engine.grammars, "matcher", lambda rule: compiled.wait() and matcher(rule))
+        await remote.connect(addresses[0])
+        leaving, waiting = remote.open(slow), asyncio.create_task(collect(remote, slow))
+        try:
+            check(await asyncio.wait_for(collect(remote), 30), plain)
+            leaving.close()
+            check(await asyncio.wait_for(collect(remote), 30), plain)
+        finally:
+            compiled.set()
+        check(await waiting, expected)
+        assert engine.stats()["generated"] == sum(map(len, (*plain, *plain, *expected)))
+
+    run(main)
 
 
 def test_a_request_that_kills_is_given_up(run, replicas):

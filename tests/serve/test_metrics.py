@@ -68,6 +68,13 @@ def test_counts(client):
     assert found["time_to_first_token_seconds_count"] == found["e2e_request_latency_seconds_count"] == 4
     assert found["inter_token_latency_seconds_count"] == found["generation_tokens_total"] - 4
     assert 0 < found["inter_token_latency_seconds_sum"] < found["e2e_request_latency_seconds_sum"] < 240
+    for name in ("queue", "prefill", "decode", "inference"):
+        assert found[f"request_{name}_time_seconds_count"] == 4
+    times = [found[f"request_{name}_time_seconds_sum"] for name in ("queue", "prefill", "decode", "inference")]
+    assert times[1] + times[2] == pytest.approx(times[3])
+    assert times[0] + times[3] < found["e2e_request_latency_seconds_sum"]
+    assert found["iteration_tokens_total_count"] == found["num_steps_total"]
+    assert found["iteration_tokens_total_sum"] >= found["generation_tokens_total"]
     assert found["num_requests_running"] == 0 and 0 <= found["kv_cache_usage_perc"] <= 1
     assert found["num_generated_tokens_total"] == found["generation_tokens_total"]
     assert sum(ended(scrape(client, "other")).values()) == 0
