@@ -63,11 +63,11 @@ def jobs(given: argparse.Namespace) -> tuple[Job, Job]:
         "eval_rows": 16,
         "save_every": 60,
     }
-    base = Decoder.Config(vocab=2048, dim=384, layers=6, pattern=given.pattern, head="medusa(heads=3,weight=0.5)")
+    base = Decoder.Config(vocab=2048, dim=768, layers=4, pattern=given.pattern, head="medusa(heads=4,weight=0.5)")
     small = Decoder.Config(vocab=2048, dim=128, layers=2, pattern="gqa(heads=4,kv_heads=2)")
     decay = Optim(warmup=20, schedule="linear", floor=0.0)
     return (
-        Job(name=f"{given.name}-base", model=base, optim=replace(decay, lr=2e-3), **common),
+        Job(name=f"{given.name}-base", model=base, optim=replace(decay, lr=1.5e-3), **common),
         Job(name=f"{given.name}-draft", model=small, optim=replace(decay, lr=4e-3), **common),
     )
 
@@ -132,7 +132,7 @@ def markdown(rows: list[Row], given: argparse.Namespace) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.speculation", description=__doc__.partition("\n")[0])
     parser.add_argument("--name", default="speculation", help="of the runs")
-    parser.add_argument("--pattern", default="gqa(heads=6,kv_heads=3)", help="mixers of the decoder")
+    parser.add_argument("--pattern", default="gqa(heads=12,kv_heads=4)", help="mixers of the decoder")
     for name, default in (("steps", 300), ("tokens", 200), ("times", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="fp32", help="of the served weights")

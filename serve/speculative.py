@@ -106,6 +106,7 @@ class Speculation:
         self.drafts = self.drafted = self.accepted = 0
         self._rates: dict[int, Rate] = {}
         self._typical = Rate()
+        self._known: set[int] = set()  # sizes of drafts made before
 
     def propose(self, sequences: Items[Sequence], room: Items[int], ready: Callable[[int], bool]) -> list[Draft | None]:
         """A draft, or none, for each sequence that lacks only its last token.
@@ -120,7 +121,10 @@ class Speculation:
         begin = perf_counter()
         drafts = self.drafter.propose(sequences, width)
         if any(drafts):
-            self.width.drafting.add(len(sequences) * (1 + self.drafter.size(width)), perf_counter() - begin)
+            columns = len(sequences) * (1 + self.drafter.size(width))
+            if columns in self._known:  # the first draft of a size makes what the later ones find there
+                self.width.drafting.add(columns, perf_counter() - begin)
+            self._known.add(columns)
         return [draft and draft.cut(left) for draft, left in zip(drafts, room)]
 
     def learn(self, sequence: Sequence, draft: Draft, path: Items[int]) -> None:

@@ -5,49 +5,50 @@
 t is the time of a call by its number of columns, d that of drafting k tokens, a_r the rate at which single guesses of
 row r hold. Plain decoding, k = 0, is always among the choices, and a wider call must win by a margin.
 
-What is not done is not measured: while drafts are made a plain call is made now and then, and while none are a small
-draft, and what is known of other widths fades. Calls are as long as one of LENGTHS, so that each kind can be recorded
-once (`serve.replay`); one that is not yet recorded would be slow and is not chosen.
+What is not done is not measured: while drafts are made a plain call is made now and then. While none are, a small draft
+is, so seldom that little time goes into it (LOOKING), and what is known of other widths fades. Calls are as long as
+one of LENGTHS, so that each kind can be recorded once (`serve.replay`); one that is not yet recorded would be slow and
+is not chosen.
 """
 
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 LENGTHS = (2, 4, 8, 16, 32)  # tokens of calls that check drafts; what is shorter is padded
 
 MARGIN = 1.05  # by which drafting must look faster than plain decoding
-PROBE = 64  # calls between two looks at what is not done
-_FADE = 0.97  # of what is known of calls with drafts, at each such look
-_FORGET = 0.1  # weight of a new measurement
+PROBE, SELDOM = 64, 1024  # calls between two looks at what is not done, at least and at most
+LOOKING = 0.01  # of the time of plain decoding may go into drafts that are made to see whether they pay
+_FADE = 0.9  # of what is known of calls with drafts, at each such look
+_FORGET = 0.1  # weight of a new guess that held or not
+_LATEST = 8  # measurements of which the least counts: no call is faster than it can be, and many are disturbed
 _PRIOR = 0.6  # of guesses of a drafter nothing is known about
-_SLOW = 4.0  # a measurement this far above what is known is a disturbance, and counts as no more than this
 
 
 class Times:
-    """Seconds of a call by its size, averaged; between measured sizes on a line, beyond them along the last one."""
+    """Seconds of a call by its size, the least of the latest; between measured sizes on a line, beyond them along the
+    last one."""
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
+        self._latest: dict[int, deque[float]] = {}
         self._seconds: dict[int, float] = {}
-        self._faded: set[int] = set()
 
     def add(self, size: int, seconds: float) -> None:
-        known = self._seconds.get(size)
-        if known is None:
+        latest = self._latest.get(size)
+        if latest is None:
             insort(self._sizes, size)
-        # What has faded counts no more, nor what was disturbed: no call is faster than it can be.
-        if known is None or size in self._faded or seconds * _SLOW < known:
-            self._seconds[size] = seconds
-            self._faded.discard(size)
-        else:
-            seconds = min(seconds, _SLOW * known)
-            self._seconds[size] = known + _FORGET * (seconds - known)
+            latest = self._latest[size] = deque(maxlen=_LATEST)
+        latest.append(seconds)
+        self._seconds[size] = min(latest)
 
     def fade(self) -> None:
-        """Nothing is as slow for ever as it once was."""
-        self._seconds = {size: seconds * _FADE for size, seconds in self._seconds.items()}
-        self._faded.update(self._sizes)
+        """Nothing is as slow for ever as it once was; what has faded gives way to the next measurement."""
+        for size in self._sizes:
+            self._seconds[size] *= _FADE
+            self._latest[size].clear()
 
     def __len__(self) -> int:
         return len(self._sizes)
@@ -149,20 +150,30 @@ class Width:
         width = self._best(rates)
         self._same = self._same + 1 if bool(width) == self._drafted else 0
         self._drafted = bool(width)
-        if self._same >= PROBE:
+        if self._same >= self._patience(len(rates), width):
             self._same = 0
             self.calls.fade()
+            self.drafting.fade()
             width = 0 if width else self.widths[0]
         return width if not width or ready(1 + self.drafts.size(width)) else 0
 
+    def _patience(self, rows: int, width: int) -> float:
+        """Calls until the other way is looked at. A draft that does not pay costs what it takes beyond a plain call."""
+        if width:
+            return PROBE
+        price = self._seconds(rows, self.widths[0]) / self.plain(rows) - 1
+        return min(max(PROBE, price / LOOKING), SELDOM)
+
+    def _seconds(self, rows: int, width: int) -> float:
+        """Of a call with drafts, and of making them."""
+        plain, columns = self.plain(rows), rows * (1 + self.drafts.size(width))
+        return max(plain, self.calls(columns, (rows, plain))) + self.drafting(columns)
+
     def _best(self, rates: Items[Rate]) -> int:
         rows = len(rates)
-        plain = self.plain(rows)
-        best, chosen = rows / plain * MARGIN, 0
+        best, chosen = rows / self.plain(rows) * MARGIN, 0
         for width in self.widths:
-            columns = rows * (1 + self.drafts.size(width))
-            seconds = max(plain, self.calls(columns, (rows, plain))) + self.drafting(columns)
-            speed = sum(self.drafts.gain(rate, width) for rate in rates) / seconds
+            speed = sum(self.drafts.gain(rate, width) for rate in rates) / self._seconds(rows, width)
             if speed > best:
                 best, chosen = speed, width
         return chosen

@@ -63,7 +63,8 @@ def test_a_head_that_would_see_what_it_guesses_is_refused():
 
 def test_medusa_losses_by_hand(pick):
     decoder = models.build("medusa", heads=2, weight=0.7).train()
-    torch.nn.init.normal_(decoder.head.inner, std=0.2)
+    for inner in decoder.head.inner:
+        torch.nn.init.normal_(inner.weight, std=0.2)
     batch = decoder.example(2, 1)
     ids, targets = batch["ids_BT"], batch["targets_BT"].clone()
     targets[0, 5], segments = -100, torch.tensor([[0] * 20 + [3] * 12, [1] * 30 + [-1] * 2])

@@ -15,7 +15,7 @@ from serve.drafters.ngram import NGram
 from serve.engine import Engine
 from serve.sampler import Sampling
 from serve.speculative import Draft
-from serve.width import PROBE, Chains, Rate, Width
+from serve.width import PROBE, SELDOM, Chains, Rate, Width
 
 PROMPTS = [[1, 2, 3, 4] * 6, [5, 6, 7] * 5, [9], list(range(20))]
 STATES = ["gqa", "gated_deltanet", "sliding_window", "nsa", "mla", "mamba_ssd", "rwkv7", "engram", "hybrid"]
@@ -203,10 +203,13 @@ def test_width_never_costs_more_than_it_can_bring(rows):
 def test_width_looks_again_after_a_while():
     width, rate = Width(4), Rate(0.0)
     for tokens in (1, 2, 4):
-        width.add(1, tokens, float(tokens))
+        width.add(1, tokens, 1.0 + tokens / 10)
     assert [width.choose([rate]) for _ in range(2 * PROBE)].count(1) == 2
+    width.drafting.add(2, 4.0)  # a look that costs more is taken less often
+    assert [width.choose([rate]) for _ in range(2 * SELDOM)].count(1) in range(2, 9)
     rate.value = 0.99
-    width.calls.add(4, 1.0)
+    width.calls.add(4, 1.1)
+    width.drafting.add(2, 0.0)
     assert [width.choose([rate]) for _ in range(2 * PROBE)].count(0) in (1, 2)
 
 
