@@ -27,6 +27,7 @@ from serve.grammar import GrammarError, Grammars
 from serve.memory import StateMemory
 from serve.pace import Pace
 from serve.prefix import PrefixCache
+from serve.prompt_logprobs import read
 from serve.prompts import Prompts
 from serve.request import DEFAULT, Event, Request, Result
 from serve.sampler import Logprobs, Sampling, logprobs, sample
@@ -120,6 +121,8 @@ class Engine:
         tokens = [*request.prompt, *request.resumed]
         sequence = Sequence(next(self._ids), tokens, sampling, len(request.prompt), text)
         sequence.priority, sequence.key, sequence.embed = request.priority, request.key, request.embed
+        if sampling.prompt_logprobs is not None and not request.resumed:  # else they were told with the first token
+            sequence.prompt_logprobs = []
         if sampling.shaped:
             try:
                 matcher = self.grammars.matcher(sampling.grammar) if sampling.grammar else None
@@ -228,6 +231,7 @@ class Engine:
             part.draft.follow([token for token, _ in outcome]) if part.draft and isinstance(outcome, list) else []
             for part, outcome in zip(call.parts, outcomes)
         ]
+        read(self.model, call)
         call.commit(paths)
         events = []
         for index, (part, path, outcome) in enumerate(zip(call.parts, paths, outcomes)):
@@ -242,6 +246,9 @@ class Engine:
                 events.append(self._fail(sequence, outcome))
             elif outcome and sequence.embed:
                 events.append(self._embedded(sequence, call.x_BTD[index, part.tokens - 1]))
+            elif outcome and not sequence.sampling.max_tokens:
+                self._end(sequence)
+                events.append(Event(sequence.id, None, "", "length", **self._first(sequence)))
             elif outcome:
                 events += self._accept_all(sequence, [outcome[0], *(outcome[1 + node] for node in path)])
         return events
@@ -262,7 +269,7 @@ class Engine:
                 wanted.append((sequence.shaper, draft.ancestry(node) if sequence.shaper else ()))
         try:
             tokens = sample(shape(logits_NC, wanted), samplings, positions)
-            told = logprobs(logits_NC, tokens, samplings)
+            told = logprobs(logits_NC, tokens, [sampling.logprobs for sampling in samplings])
         except Exception as error:
             if not bool(logits_NC.amax(-1).isfinite().all()):  # the model broke, and what others share may be damaged
                 raise
@@ -329,8 +336,13 @@ class Engine:
         if reason is not None:
             text += stream.close() if stream is not None else ""
             self._end(sequence)
-        cached, sequence.cached = sequence.cached, 0  # it is told once
-        return Event(sequence.id, token, text, reason, told, offset, None, cached)
+        return Event(sequence.id, token, text, reason, told, offset, **self._first(sequence))
+
+    def _first(self, sequence: Sequence) -> dict[str, object]:
+        """What the first event of a sequence tells of its prompt."""
+        found = {"cached": sequence.cached, "prompt_logprobs": sequence.prompt_logprobs}
+        sequence.cached, sequence.prompt_logprobs = 0, None
+        return found
 
     def warm(self) -> None:
         """Do now what is slow once: kernels are built, and steps of one row and of several are recorded."""
@@ -374,7 +386,8 @@ class Engine:
 def _result(events: list[Event]) -> Result:
     tokens = [event.token for event in events if event.token is not None]
     told = [event.logprobs for event in events if event.logprobs is not None]
-    return Result(tokens, "".join(event.text for event in events), events[-1].reason, told)
+    prompt = next((event.prompt_logprobs for event in events if event.prompt_logprobs is not None), ())
+    return Result(tokens, "".join(event.text for event in events), events[-1].reason, told, prompt)
 
 
 def _groups(parts: list[Part]) -> list[list[Part]]:

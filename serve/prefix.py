@@ -16,6 +16,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence as Items
 from itertools import count
+from math import inf
 
 from serve.memory import Checkpoint, Start, StateMemory
 
@@ -73,8 +74,11 @@ class PrefixCache:
 
     # -- a row's way through the tree ----------------------------------------------------------------------------
 
-    def begin(self, tokens: Items[int], salt: str = "") -> Trail:
-        """The longest known beginning of `tokens`, pinned until `end`; its checkpoint until the next `begin`."""
+    def begin(self, tokens: Items[int], salt: str = "", most: float = inf) -> Trail:
+        """The longest known beginning of `tokens`, pinned until `end`; its checkpoint until the next `begin`.
+
+        most: tokens that the caller can do without.
+        """
         page = self.page
         node = root = self._roots.setdefault(salt, Node(None, salt))
         best = None
@@ -83,7 +87,7 @@ class PrefixCache:
             if child is None:
                 break
             node = child
-            if self._resumable(node):
+            if self._resumable(node) and node.depth * page <= most:
                 best = node
         parted = node.depth * page
         start, self._reading = None, best

@@ -49,7 +49,7 @@ class Prompts:
         sampling = request.sampling
         if not request.prompt:
             raise ValueError("prompt: must have at least one token")
-        if len(request.resumed) >= sampling.max_tokens:
+        if request.resumed and len(request.resumed) >= sampling.max_tokens:
             raise ValueError(f"resumed: {len(request.resumed)} tokens, but max_tokens={sampling.max_tokens}")
         total = len(request.prompt) + sampling.max_tokens
         if total > self.max_len:

@@ -31,7 +31,8 @@ class Event:
 
     reason: stop (end token or stop text), length, cancelled, deadline, error. logprobs: when the request asks for them.
     offset: whole characters of the completion before the token. error: what broke this request, and no other. cached:
-    tokens of the prompt that were found in the prefix cache, told with the first event.
+    tokens of the prompt that were found in the prefix cache, told with the first event. prompt_logprobs: of all tokens
+    of the prompt but the first, which nothing predicts; told with the first event too, when the request asks for them.
     """
 
     id: int
@@ -43,16 +44,18 @@ class Event:
     error: Exception | None = None
     cached: int = 0
     embedding: list[float] | None = None
+    prompt_logprobs: Items[Logprobs] | None = None
 
 
 @dataclass(frozen=True)
 class Result:
     """A whole completion. tokens: all that were generated, with the end token if there was one.
 
-    logprobs: of each token, when they were asked for.
+    logprobs, prompt_logprobs: of each token, and of each of the prompt but the first, when they were asked for.
     """
 
     tokens: list[int]
     text: str
     reason: str
     logprobs: list[Logprobs]
+    prompt_logprobs: Items[Logprobs] = ()

@@ -29,7 +29,7 @@ _BLOCK = 256  # sums of so many tokens are searched first: one pass over the voc
 class Sampling:
     """How a completion is drawn and when it ends.
 
-    max_tokens:  tokens to generate at most.
+    max_tokens:  tokens to generate at most; 0: the prompt is computed, and no more.
     temperature: 0 takes the likeliest token.
     top_k:       draw among the k likeliest tokens; 0 for all. Applied before top_p.
     top_p:       draw among the likeliest tokens that together have this probability.
@@ -45,6 +45,7 @@ class Sampling:
     stop_token_ids: further end tokens, which end the completion also with ignore_eos.
     grammar:     that the completion follows (`serve.grammar`); none when empty.
     logprobs:    tokens whose log probabilities are told at each position, besides the one drawn; None for not even it.
+    prompt_logprobs: the same of the prompt's tokens, for which all of it is computed, whatever the prefix cache has.
     """
 
     max_tokens: int = 16
@@ -63,10 +64,11 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     grammar: str = ""
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 1")
+        if self.max_tokens < 0:
+            raise ValueError(f"max_tokens={self.max_tokens}: must be at least 0")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: must be 0 or more, and finite")
         if self.top_k < 0:
@@ -88,8 +90,9 @@ class Sampling:
             raise ValueError("logit_bias: must be between -100 and 100")
         if not 0 <= self.min_tokens <= self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens}: must be between 0 and max_tokens={self.max_tokens}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise ValueError(f"logprobs={self.logprobs}: must be between 0 and {MOST_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= MOST_LOGPROBS:
+                raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and {MOST_LOGPROBS}")
 
     @property
     def penalized(self) -> bool:
@@ -103,7 +106,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Logprobs:
-    """token: of the token that was drawn. top: the likeliest tokens with theirs, the likeliest first."""
+    """token: of the token that stands there. top: the likeliest tokens with theirs, the likeliest first."""
 
     token: float
     top: tuple[tuple[int, float], ...]
@@ -157,20 +160,20 @@ def sample(logits_BC: Tensor, samplings: Sequence[Sampling], positions: Sequence
         rows, draw = [rows[index] for index in outside_M.tolist()], draw + 1
 
 
-def logprobs(logits_BC: Tensor, tokens: Sequence[int], samplings: Sequence[Sampling]) -> list[Logprobs | None]:
-    """Log probabilities at one position of each row that asks for them. tokens: those that were drawn."""
-    found: list[Logprobs | None] = [None] * len(samplings)
-    rows = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
+def logprobs(logits_BC: Tensor, tokens: Sequence[int], counts: Sequence[int | None]) -> list[Logprobs | None]:
+    """Log probabilities at one position of each row. tokens: that stand there. counts: of the likeliest, None: none."""
+    found: list[Logprobs | None] = [None] * len(counts)
+    rows = [row for row, count in enumerate(counts) if count is not None]
     if not rows:
         return found
     logits_NC = logits_BC[torch.tensor(rows, device=logits_BC.device)].float()
     total_N1 = logits_NC.logsumexp(-1, keepdim=True)
     drawn_N1 = torch.tensor([[tokens[row]] for row in rows], device=logits_NC.device)
-    top_NK, ids_NK = largest(logits_NC, min(max(samplings[row].logprobs for row in rows), logits_NC.shape[1]))
+    top_NK, ids_NK = largest(logits_NC, min(max(counts[row] for row in rows), logits_NC.shape[1]))
     own_N1 = logits_NC.gather(1, drawn_N1) - total_N1
     table = zip(rows, own_N1[:, 0].tolist(), ids_NK.tolist(), (top_NK - total_N1).tolist())
     for row, own, ids, values in table:
-        found[row] = Logprobs(own, tuple(zip(ids, values))[: samplings[row].logprobs])
+        found[row] = Logprobs(own, tuple(zip(ids, values))[: counts[row]])
     return found
 
 

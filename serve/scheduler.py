@@ -19,7 +19,7 @@ from time import perf_counter
 from serve.memory import Offload, StateMemory
 from serve.pace import Pace
 from serve.prefix import PrefixCache, Trail
-from serve.sampler import Sampling
+from serve.sampler import Logprobs, Sampling
 from serve.shaping import Shaper
 from serve.text import TextStream
 
@@ -53,6 +53,7 @@ class Sequence:
     arrived: float = field(default_factory=perf_counter)
     begun: float | None = None
     first: float | None = None
+    prompt_logprobs: list[Logprobs] | None = None  # so far; None: nobody wants them any more
 
     def __post_init__(self) -> None:
         self.generated = len(self.tokens) - self.prompt
@@ -61,6 +62,11 @@ class Sequence:
     def missing(self) -> int:
         """Tokens still to compute; the last one's logits give the next token."""
         return len(self.tokens) - self.computed
+
+    @property
+    def known(self) -> int:
+        """Tokens whose outputs nobody needs, if others have computed them."""
+        return len(self.tokens) if self.prompt_logprobs is None else len(self.prompt_logprobs)
 
 
 Work = list[tuple[Sequence, int]]
@@ -183,7 +189,9 @@ class Scheduler:
         return (_rank(sequence)[0], self._served[sequence.key], sequence.id)
 
     def _look_up(self, sequence: Sequence) -> Trail | None:
-        return self.cache.begin(sequence.tokens, self._salt(sequence)) if self.cache is not None else None
+        if self.cache is None:
+            return None
+        return self.cache.begin(sequence.tokens, self._salt(sequence), sequence.known)
 
     def _salt(self, sequence: Sequence) -> str:
         return sequence.key if self.isolated else ""
@@ -195,7 +203,7 @@ class Scheduler:
                 continue
             end = next((stop for stop in other.trail.stops if stop > max(trail.length, other.computed)), 0)
             end = end if self.memory.checkpoints else trail.length + self.cache.page
-            if 0 < end < min(len(sequence.tokens), len(other.tokens) + 1):
+            if 0 < end <= min(len(sequence.tokens) - 1, len(other.tokens), sequence.known):
                 if other.tokens[end - 1] == sequence.tokens[end - 1] and other.tokens[:end] == sequence.tokens[:end]:
                     return True
         return False

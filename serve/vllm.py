@@ -42,6 +42,8 @@ class Refusing(Prompts):
         sampling = request.sampling
         if request.embed:
             raise ValueError("input: engine=vllm makes no embeddings; serve the model with engine=edifice")
+        if len(request.prompt) == self.max_len:
+            raise ValueError("prompt: engine=vllm needs room for one token more")
         if sampling.grammar:
             raise ValueError("response_format: engine=vllm follows no grammars; serve the model with engine=edifice")
         if request.resumed and (sampling.frequency_penalty or sampling.presence_penalty):
@@ -188,7 +190,7 @@ class VLLMEngine:
         ends = () if sampling.ignore_eos else self.ends
         seed = None if sampling.seed is None else (sampling.seed + done) % 2**63
         return SamplingParams(
-            max_tokens=sampling.max_tokens - done,
+            max_tokens=max(1, sampling.max_tokens - done),  # with 0 the one token is not told
             min_tokens=max(0, sampling.min_tokens - done),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -202,6 +204,7 @@ class VLLMEngine:
             stop_token_ids=sorted({*ends, *sampling.stop_token_ids}),
             ignore_eos=True,  # the ends above are all there are
             logprobs=sampling.logprobs,
+            prompt_logprobs=None if done else sampling.prompt_logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -213,6 +216,13 @@ class VLLMEngine:
             running.cached = output.num_cached_tokens or 0
             self._queries += len(running.request.prompt) + len(running.request.resumed)
             self._hits += running.cached
+        prompt = None
+        if output.prompt_logprobs:
+            pairs = zip(output.prompt_logprobs[1:], running.request.prompt[1:])
+            prompt = [_logprobs(table, token, running.request.sampling.prompt_logprobs) for table, token in pairs]
+        if not running.request.sampling.max_tokens:
+            self._forget(running, aborted=False)
+            return [Event(running.id, None, "", "length", cached=running.cached, prompt_logprobs=prompt)]
         events, last = [], len(completion.token_ids) - 1
         for place, token in enumerate(completion.token_ids):
             running.told += 1
@@ -225,11 +235,13 @@ class VLLMEngine:
                 stopped = running.text.stopped
             reason = completion.finish_reason if place == last else None
             reason = "stop" if stopped else reason
-            told = None if completion.logprobs is None else _logprobs(completion.logprobs[place], token, sampling)
+            tables = completion.logprobs
+            told = None if tables is None else _logprobs(tables[place], token, sampling.logprobs)
             if reason is not None and running.text is not None:
                 text += running.text.close()
-            events.append(Event(running.id, token, text, reason, told, offset, None, running.cached))
-            running.cached = 0  # it is told once
+            first = {"cached": running.cached, "prompt_logprobs": prompt}
+            events.append(Event(running.id, token, text, reason, told, offset, **first))
+            running.cached, prompt = 0, None  # they are told once
             if reason is not None:
                 self._forget(running, aborted=stopped)
                 break
@@ -302,8 +314,6 @@ def _memory(config: dict[str, Any], tokens: int) -> int:
     return each * (tokens + 4096)
 
 
-def _logprobs(table: dict[int, Any], token: int, sampling: Sampling) -> Logprobs:
-    likeliest = sorted(
-        (entry.rank, id, entry.logprob) for id, entry in table.items() if entry.rank <= sampling.logprobs
-    )
+def _logprobs(table: dict[int, Any], token: int, count: int) -> Logprobs:
+    likeliest = sorted((entry.rank, id, entry.logprob) for id, entry in table.items() if entry.rank <= count)
     return Logprobs(table[token].logprob, tuple((id, value) for _, id, value in likeliest))

@@ -1,13 +1,16 @@
 """Answers of POST /v1/completions."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from serve.http.answers import Answer
 from serve.http.logprobs import of_completion
 from serve.http.schema import Completion
 from serve.request import Event
+from serve.sampler import Logprobs
+from serve.text import TextStream
 
 
 class CompletionAnswer(Answer):
@@ -21,11 +24,13 @@ class CompletionAnswer(Answer):
         prompts = self.served.prompts
         if self.body.echo and prompts.tokenizer is None:
             raise ValueError("echo: the model has no tokenizer, so there is no text to repeat")
-        return [prompts.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.body.prompts()]
+        self.ids = [prompts.encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.body.prompts()]
+        return self.ids
 
     def own(self, prompt: Sequence[int]) -> dict[str, Any]:
         body = self.body
-        return {"max_tokens": body.max_tokens, "logprobs": body.logprobs, "stop": tuple(body.stop)}
+        own = {"max_tokens": body.max_tokens, "logprobs": body.logprobs, "stop": tuple(body.stop)}
+        return {**own, "prompt_logprobs": body.logprobs if body.echo else None}
 
     @cached_property
     def echoes(self) -> list[str]:
@@ -51,6 +56,17 @@ class CompletionAnswer(Answer):
         return []
 
     def _choice(self, index: int, text: str, events: Sequence[Event], reason: str | None) -> dict[str, Any]:
-        told = [event for event in events if event.logprobs is not None]
-        table = of_completion(self.served.speller, told) if self.body.logprobs is not None else None
+        table = None
+        if self.body.logprobs is not None:
+            table = of_completion(self.served.speller, chain(*(self._entries(index, event) for event in events)))
         return {"index": index, "text": text, "logprobs": table, "finish_reason": reason}
+
+    def _entries(self, index: int, event: Event) -> Iterator[tuple[int, Logprobs | None, int]]:
+        """What `event` tells of tokens, those of the prompt first, with their places in the text."""
+        if event.prompt_logprobs is not None:
+            stream = TextStream(self.served.prompts.tokenizer)
+            for token, told in zip(self.ids[index // self.body.n], (None, *event.prompt_logprobs)):
+                yield token, told, stream.length
+                stream.push(token)
+        if event.logprobs is not None:
+            yield event.token, event.logprobs, len(self.echoes[index]) + event.offset

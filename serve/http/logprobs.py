@@ -1,8 +1,8 @@
 """Log probabilities as OpenAI's two endpoints write them.
 
 There is one entry for each token that was generated, also for an end token and for what a stop text took away: what a
-person sees may be shorter, but whoever trains on the numbers needs them all. Bytes that are no text by themselves are
-spelled `bytes:\\xe4\\xbd`, as OpenAI does.
+person sees may be shorter, but whoever trains on the numbers needs them all. Before them come those of a prompt that is
+repeated. Bytes that are no text by themselves are spelled `bytes:\\xe4\\xbd`, as OpenAI does.
 """
 
 import re
@@ -13,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from serve.request import Event
+from serve.sampler import Logprobs
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -56,15 +57,18 @@ def byte_letters() -> dict[str, bytes]:
     return letters | {chr(byte): bytes([byte]) for byte in printable}
 
 
-def of_completion(speller: Speller, events: Iterable[Event]) -> dict[str, list]:
-    """tokens, token_logprobs, top_logprobs and text_offset; top_logprobs always have the token that was drawn."""
+def of_completion(speller: Speller, entries: Iterable[tuple[int, Logprobs | None, int]]) -> dict[str, list]:
+    """tokens, token_logprobs, top_logprobs and text_offset; top_logprobs always have the token itself.
+
+    entries: a token, what is told of it, None of the first of a prompt, and whole characters before it.
+    """
     table: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for event in events:
-        own = {event.token: event.logprobs.token}
-        table["tokens"].append(speller.spell(event.token))
-        table["token_logprobs"].append(event.logprobs.token)
-        table["top_logprobs"].append({speller.spell(t): value for t, value in (dict(event.logprobs.top) | own).items()})
-        table["text_offset"].append(event.offset)
+    for token, told, offset in entries:
+        top = None if told is None else {**dict(told.top), token: told.token}
+        table["tokens"].append(speller.spell(token))
+        table["token_logprobs"].append(None if told is None else told.token)
+        table["top_logprobs"].append(None if top is None else {speller.spell(t): value for t, value in top.items()})
+        table["text_offset"].append(offset)
     return table
 
 

@@ -67,8 +67,8 @@ class Usage(Shape):
 
 class CompletionLogprobs(Shape):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # nothing predicts the first token of a prompt
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

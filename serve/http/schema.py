@@ -126,7 +126,7 @@ class Completion(Body):
     neutral: ClassVar[dict[str, tuple]] = {**Body.neutral, "suffix": ("",)}
 
     prompt: Texts
-    max_tokens: Whole = Field(16, ge=1)
+    max_tokens: Whole = Field(16, ge=0)
     echo: bool = False
     logprobs: Whole | None = Field(None, ge=0, le=5)
     best_of: Whole | None = None
@@ -136,8 +136,8 @@ class Completion(Body):
         split("prompt", self.prompt)
         if self.best_of not in (None, self.n):
             raise ValueError("best_of: not supported by this server; leave it out")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs: not supported together with echo, as those of a prompt are not computed")
+        if not self.max_tokens and not self.echo:
+            raise ValueError("max_tokens: must be at least 1, or 0 with echo=true")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens: must be at most max_tokens={self.max_tokens}")
         return self

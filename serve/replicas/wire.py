@@ -22,7 +22,7 @@ MOST_BYTES = 64 * 2**20  # of one message, and of what may wait to be sent
 STRANGER_BYTES = 4096  # what is read of somebody who has not yet proved anything
 _DEFAULTS = {field.name: field.default for field in fields(Sampling)}
 _REQUEST = [field.name for field in fields(Request) if field.name not in ("prompt", "sampling")]
-_EVENT = [field.name for field in fields(Event) if field.name not in ("id", "logprobs", "error")]
+_EVENT = [field.name for field in fields(Event) if field.name not in ("id", "logprobs", "prompt_logprobs", "error")]
 
 
 class Broken(Exception):
@@ -122,11 +122,12 @@ def pack_events(events: Iterable[tuple[int, Event]]) -> list[tuple]:
     """(tag of the request, event) as one flat tuple each."""
     packed = []
     for tag, event in events:
-        told, error = event.logprobs, event.error
+        told, prompt, error = event.logprobs, event.prompt_logprobs, event.error
         packed.append(
             (
                 tag,
                 None if told is None else (told.token, told.top),
+                None if prompt is None else [(one.token, one.top) for one in prompt],
                 None if error is None else f"{type(error).__name__}: {error}",
                 *[getattr(event, name) for name in _EVENT],
             )
@@ -136,10 +137,11 @@ def pack_events(events: Iterable[tuple[int, Event]]) -> list[tuple]:
 
 def unpack_event(packed: tuple) -> Event:
     """Its id is the tag."""
-    tag, told, error, *rest = packed
+    tag, told, prompt, error, *rest = packed
     return Event(
         id=tag,
         logprobs=None if told is None else Logprobs(*told),
+        prompt_logprobs=None if prompt is None else [Logprobs(*one) for one in prompt],
         error=None if error is None else Broken(error),
         **dict(zip(_EVENT, rest)),
     )

@@ -7,6 +7,7 @@ other sizes are.
 import asyncio
 import threading
 import time
+from itertools import chain
 
 import pytest
 
@@ -22,7 +23,7 @@ SAMPLINGS = [
     Sampling(max_tokens=60, temperature=0.0, ignore_eos=True),
     Sampling(max_tokens=60, seed=3, logprobs=2, ignore_eos=True),
     Sampling(max_tokens=60, seed=4, top_p=0.9, frequency_penalty=0.5),
-    Sampling(max_tokens=60, seed=5, stop=("ever there", "zz"), logprobs=0, ignore_eos=True),
+    Sampling(max_tokens=60, seed=5, stop=("ever there", "zz"), logprobs=0, prompt_logprobs=2, ignore_eos=True),
 ]
 REQUESTS = [Request([1, 2, 3 + index], sampling) for index, sampling in enumerate(SAMPLINGS)]
 
@@ -73,7 +74,8 @@ async def collect(backend, requests=REQUESTS, at=None, then=None) -> list[list[t
     call = backend.open(requests)
     try:
         async for index, event in call:
-            rows[index].append((event.token, event.text, event.reason, event.logprobs, event.offset))
+            told = [event.logprobs, *(event.prompt_logprobs or ())]
+            rows[index].append((event.token, event.text, event.reason, told, event.offset))
             seen += 1
             if seen == at:
                 then()
@@ -86,7 +88,11 @@ def check(rows: list[list[tuple]], expected: list[list[tuple]]) -> None:
     assert [[one[:3] + one[4:] for one in row] for row in rows] == [
         [one[:3] + one[4:] for one in row] for row in expected
     ]
-    for told, right in [(a[3], b[3]) for row, other in zip(rows, expected) for a, b in zip(row, other) if b[3]]:
+    pairs = [(a[3], b[3]) for row, other in zip(rows, expected) for a, b in zip(row, other)]
+    for told, right in chain(*(zip(*pair, strict=True) for pair in pairs)):
+        if told is None or right is None:
+            assert told is right
+            continue
         assert told.token == pytest.approx(right.token, abs=1e-4)
         assert dict(told.top) == pytest.approx(dict(right.top), abs=1e-4)
 

@@ -135,7 +135,8 @@ def test_half_precision_and_forbidden_tokens():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_tokens": 0},
+        {"max_tokens": -1},
+        {"prompt_logprobs": 21},
         {"temperature": -1.0},
         {"temperature": float("nan")},
         {"top_k": -1},

@@ -148,6 +148,14 @@ def test_samples_penalties_and_log_probabilities(client, engine):
     for told, top in zip(answer.logprobs.top_logprobs, likeliest):
         assert sorted(told.values())[-2:] == pytest.approx(top, abs=1e-3)
 
+    prompt, score = list(range(6, 70)), Sampling(max_tokens=0, prompt_logprobs=2)
+    own = [told.token for told in engine.generate([prompt], score)[0].prompt_logprobs]
+    for tokens in (0, 1):
+        answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=tokens, echo=True, logprobs=2)
+        told = answer.choices[0].logprobs.token_logprobs
+        assert answer.usage.completion_tokens == tokens == len(told) - len(prompt)
+        assert told[0] is None and told[1 : len(prompt)] == pytest.approx(own, abs=1e-3)
+
 
 def test_what_is_refused_and_what_is_counted(client, server):
     schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
