@@ -27,19 +27,18 @@ from serve.grammar import GrammarError, Grammars
 from serve.memory import StateMemory
 from serve.pace import Pace
 from serve.prefix import PrefixCache
-from serve.prompt_logprobs import read
+from serve.prompt_logprobs import read_prompts
 from serve.prompts import Prompts
 from serve.request import DEFAULT, Event, Request, Result
 from serve.sampler import Logprobs, Sampling, logprobs, sample
 from serve.scheduler import Scheduler, Sequence, Work
 from serve.shaping import Shaper, shape
 from serve.speculative import Draft, Drafter, Speculation
-from serve.step import Call, Part, Step
+from serve.step import Call, Part, Step, grouped
 from serve.text import TextStream
 from serve.timing import Timing
 
 EOS, END = "<|eos|>", "<|end|>"  # of a document, and of a turn in a chat
-_SPARSE = 0.3  # rows of different lengths share a call when at most this part of it is padding; measured on a CPU
 
 
 class Engine:
@@ -185,7 +184,7 @@ class Engine:
         begun, drafts, computed = perf_counter(), self._drafts(work), 0
         while work:
             computed += sum(tokens for _, tokens in work)
-            for group in _groups([Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]):
+            for group in grouped([Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]):
                 begin = perf_counter()
                 call = self.call(group)
                 events += self._finish(call)
@@ -231,7 +230,7 @@ class Engine:
             part.draft.follow([token for token, _ in outcome]) if part.draft and isinstance(outcome, list) else []
             for part, outcome in zip(call.parts, outcomes)
         ]
-        read(self.model, call)
+        read_prompts(self.model, call)
         call.commit(paths)
         events = []
         for index, (part, path, outcome) in enumerate(zip(call.parts, paths, outcomes)):
@@ -248,7 +247,7 @@ class Engine:
                 events.append(self._embedded(sequence, call.x_BTD[index, part.tokens - 1]))
             elif outcome and not sequence.sampling.max_tokens:
                 self._end(sequence)
-                events.append(Event(sequence.id, None, "", "length", **self._first(sequence)))
+                events.append(Event(sequence.id, None, "", "length", **self._told_once(sequence)))
             elif outcome:
                 events += self._accept_all(sequence, [outcome[0], *(outcome[1 + node] for node in path)])
         return events
@@ -336,9 +335,9 @@ class Engine:
         if reason is not None:
             text += stream.close() if stream is not None else ""
             self._end(sequence)
-        return Event(sequence.id, token, text, reason, told, offset, **self._first(sequence))
+        return Event(sequence.id, token, text, reason, told, offset, **self._told_once(sequence))
 
-    def _first(self, sequence: Sequence) -> dict[str, object]:
+    def _told_once(self, sequence: Sequence) -> dict[str, object]:
         """What the first event of a sequence tells of its prompt."""
         found = {"cached": sequence.cached, "prompt_logprobs": sequence.prompt_logprobs}
         sequence.cached, sequence.prompt_logprobs = 0, None
@@ -388,18 +387,3 @@ def _result(events: list[Event]) -> Result:
     told = [event.logprobs for event in events if event.logprobs is not None]
     prompt = next((event.prompt_logprobs for event in events if event.prompt_logprobs is not None), ())
     return Result(tokens, "".join(event.text for event in events), events[-1].reason, told, prompt)
-
-
-def _groups(parts: list[Part]) -> list[list[Part]]:
-    """One call each: the next tokens with their drafts together, the longer runs with others of similar length."""
-    groups = [[part for part in parts if part.tokens == 1]]
-    total = 0
-    for part in sorted((part for part in parts if part.tokens > 1), key=lambda part: -part.tokens):
-        group = groups[-1]
-        if len(groups) > 1 and total + part.tokens >= (1 - _SPARSE) * group[0].tokens * (len(group) + 1):
-            group.append(part)
-            total += part.tokens
-        else:
-            groups.append([part])
-            total = part.tokens
-    return [group for group in groups if group]

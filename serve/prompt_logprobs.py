@@ -13,7 +13,7 @@ from serve.step import Call
 PLACES = 64  # whose logits exist at a time
 
 
-def read(model: Decoder, call: Call) -> None:
+def read_prompts(model: Decoder, call: Call) -> None:
     """Adds what `call` tells about the prompts of its sequences to those that want it; before it is committed."""
     for index, part in enumerate(call.parts):
         sequence = part.sequence

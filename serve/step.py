@@ -19,6 +19,8 @@ from serve.scheduler import Sequence
 from serve.speculative import Draft
 from serve.width import LENGTHS
 
+_SPARSE = 0.3  # rows of different lengths share a call when at most this part of it is padding; measured on a CPU
+
 
 @dataclass(slots=True)
 class Part:
@@ -162,3 +164,18 @@ class Step:
             at = Span(at.positions_BT[row_N, column_N][:, None], ids_BT[row_N, column_N][:, None])
             x_BTD = x_BTD[row_N, column_N][:, None]
         return self.model.head(x_BTD, at)[0][:, 0]
+
+
+def grouped(parts: Items[Part]) -> list[list[Part]]:
+    """One call each: the next tokens with their drafts together, the longer runs with others of similar length."""
+    groups = [[part for part in parts if part.tokens == 1]]
+    total = 0
+    for part in sorted((part for part in parts if part.tokens > 1), key=lambda part: -part.tokens):
+        group = groups[-1]
+        if len(groups) > 1 and total + part.tokens >= (1 - _SPARSE) * group[0].tokens * (len(group) + 1):
+            group.append(part)
+            total += part.tokens
+        else:
+            groups.append([part])
+            total = part.tokens
+    return [group for group in groups if group]
