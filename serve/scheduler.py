@@ -100,9 +100,12 @@ class Scheduler:
     # -- who is there --------------------------------------------------------------------------------------------
 
     def submit(self, sequence: Sequence) -> None:
-        """Into the line. A key that was away has not saved anything up meanwhile."""
-        here = [self._served[other.key] for other in (*self.waiting, *self.running)]
-        self._served[sequence.key] = max(self._served.get(sequence.key, 0), min(here, default=0))
+        """Into the line. A key that was away has not saved anything up meanwhile; when nobody is here, all are even."""
+        here = {other.key for other in (*self.waiting, *self.running)}
+        least = min((self._served[key] for key in here), default=inf)
+        # Of those that are away, whoever got no more than anybody here would come back even: it can be forgotten.
+        self._served = {key: tokens for key, tokens in self._served.items() if key in here or tokens > least}
+        self._served[sequence.key] = max(self._served.get(sequence.key, 0), least if here else 0)
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:

@@ -4,6 +4,8 @@ To a layer it is a tensor like any other: its shape, its dtype (that of activati
 is done to it besides these two sees it unpacked. So no layer knows, and a tied embedding stays one weight.
 """
 
+from copy import deepcopy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,6 +28,12 @@ class PackedWeight(Tensor):
         )
         weight.packed = packed
         return weight
+
+    def __deepcopy__(self, memo: dict) -> "PackedWeight":
+        """A weight with memory of its own; torch would look for a storage, which there is none of."""
+        weight = PackedWeight(deepcopy(self.packed, memo), self.dtype)
+        memo[id(self)] = nn.Parameter(weight, requires_grad=False) if isinstance(self, nn.Parameter) else weight
+        return memo[id(self)]
 
     def __repr__(self, **options: object) -> str:
         return f"PackedWeight({tuple(self.shape)}, {self.packed.bits} bits, dtype={self.dtype})"

@@ -1,5 +1,7 @@
 """Packed weights: layers do not know of them, and a model says what it said."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -58,6 +60,17 @@ def test_what_is_not_a_product_sees_the_weight():
     assert weight.shape == plain.shape and weight.dtype == torch.float32
     assert torch.equal(weight * 1, plain) and torch.equal(weight[3], plain[3])
     assert torch.equal(torch.nn.functional.linear(plain, weight.t().to(torch.float64).t().float()), plain @ plain.T)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_copy_is_the_same_model_in_memory_of_its_own(tied):
+    model = quant.pack(decoder(tied=tied), "int4")
+    copy = deepcopy(model)
+    assert (copy.head.weight is copy.embedding.weight) == tied and isinstance(copy.head.weight, torch.nn.Parameter)
+    ids_BT = torch.randint(128, (2, 5))
+    assert torch.equal(said(copy, ids_BT), said(model, ids_BT))
+    model.head.weight.packed.weight.zero_()
+    assert not torch.equal(said(copy, ids_BT), said(model, ids_BT))
 
 
 @pytest.mark.parametrize("name", ["rwkv7", "gated_deltanet", "moe", "mla", "medusa"])

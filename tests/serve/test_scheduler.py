@@ -73,6 +73,25 @@ def test_keys_get_equal_shares(model):
     assert whose[:9] == ["many", "few"] * 4 + ["many"]
 
 
+def test_keys_that_are_away_are_forgotten_once_they_would_come_back_even(model):
+    engine = Engine(model, max_rows=2, max_len=64)
+    engine.submit(Request([1] * 30, greedy(20), key="debtor"))
+    for _ in range(3):
+        engine.step()
+    stays = engine.submit(Request([1], greedy(60), key="stays"))
+    engine.cancel(0)
+    most = 0
+    for place in range(40):
+        engine.submit(Request([1], greedy(1), key=f"guest {place}"))
+        engine.step()
+        most = max(most, len(engine.scheduler._served))
+    assert stays in engine._live and most < 5 and "debtor" not in engine.scheduler._served
+    engine.cancel(stays)
+    ended(engine)
+    engine.submit(Request([1], greedy(1), key="last"))
+    assert [*engine.scheduler._served] == ["last"]
+
+
 def test_nobody_starves(model):
     """Better priority and a less served key never stop coming; the first request still gets its row."""
     engine = Engine(model, max_rows=1, max_len=64)
