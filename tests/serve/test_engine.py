@@ -241,15 +241,15 @@ def test_a_request_that_breaks_ends_alone(decoder, tokenizer, where, monkeypatch
     import serve.engine
 
     engine = Engine(decoder, tokenizer, max_rows=4, max_len=64)
-    samplings = [Sampling(max_tokens=9, seed=n, ignore_eos=True) for n in range(3)]
+    samplings = [Sampling(max_tokens=9, seed=n, ignore_eos=True, logprobs=n) for n in range(3)]
     expected = [engine.generate([[5, 6]], sampling)[0].tokens for sampling in samplings]
 
     def breaking(own):
-        def broken(logits_BC, second, third):
-            for arguments in (second, third):
-                if any(getattr(sampling, "seed", None) == 1 for sampling in arguments):
-                    raise RuntimeError("it broke")
-            return own(logits_BC, second, third)
+        def broken(logits_BC, given, rest):
+            asked = [sampling.logprobs for sampling in given] if where == "sample" else rest
+            if 1 in asked:
+                raise RuntimeError("it broke")
+            return own(logits_BC, given, rest)
 
         return broken
 
