@@ -10,7 +10,8 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Protocol
 
@@ -124,6 +125,16 @@ class Call(Inbox):
         if not self._closed:
             self._closed = True
             self._worker.closed(self, self._remaining > 0)
+
+
+def aside(load: Callable[[], Engine]) -> Engine:
+    """The engine that `load` makes, in a thread that ends.
+
+    Each thread that computes keeps OpenMP's workers while it lives, and with more of those than cores every product
+    waits for them asleep: a thread that goes on would halve the speed of the engine's own.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(load).result()
 
 
 class Worker:

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import urllib.request
+from functools import partial
 
 from serve.bench.engines import LENGTH
 
@@ -43,10 +44,11 @@ def uvicorn(folder: str, threads: int, port: int) -> None:
     from serve.http.api import create_app
     from serve.http.served import Served, Service
     from serve.load import load
-    from serve.worker import Worker
+    from serve.worker import Worker, aside
 
     torch.set_num_threads(threads)
-    worker = Worker(load(folder, dtype="bf16", max_len=LENGTH))
+    engine = aside(partial(load, folder, dtype="bf16", max_len=LENGTH))
+    worker = Worker(engine)
     app = create_app(Service.of(Served.local(worker, "llama")))
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)

@@ -7,7 +7,6 @@ Ray Serve starts it, asks whether it is healthy, and replaces it. What it comput
 import asyncio
 import contextlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ray import serve
@@ -33,11 +32,7 @@ class Replica:
     ) -> None:
         from serve.replicas.port import Port
 
-        # In a thread that ends: each thread that computes keeps OpenMP's workers, and with more of those than cores
-        # every product waits for them asleep, which halves the speed of the engine's own thread.
-        with ThreadPoolExecutor(1) as loader:
-            load = asyncio.get_running_loop().run_in_executor(loader, _start, model, waiting, stall, options)
-            self.worker = await load
+        self.worker = await asyncio.to_thread(_start, model, waiting, stall, options)
         about = {"longest": self.worker.engine.prompts.longest, "limit": self.worker.limit}
         self.port = Port(self.worker, about)
         host = get_node_ip_address()
@@ -70,9 +65,13 @@ class Replica:
 def _start(model: Model, waiting: int, stall: float, options: dict[str, Any]) -> Any:
     """The worker of a model. Takes long."""
     from serve import load, vllm
-    from serve.worker import Worker
+    from serve.worker import Worker, aside
 
     kind, rest = options["engine"], {name: value for name, value in options.items() if name != "engine"}
-    loaded = (vllm if kind == "vllm" else load).load(model.source, **rest)
-    loaded.warm()  # what is broken shows now, too
-    return Worker(loaded, waiting, stall)
+
+    def warmed() -> Any:
+        engine = (vllm if kind == "vllm" else load).load(model.source, **rest)
+        engine.warm()  # what is broken shows now, too
+        return engine
+
+    return Worker(aside(warmed), waiting, stall)
