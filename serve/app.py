@@ -2,10 +2,10 @@
 
     serve run serve.app:build model=RUN_OR_DIR[,RUN_OR_DIR...] [name=...] [predict=RUN_OR_DIR[,...]]
 
-RUN is the name of a run under EDIFICE_HOME/runs or its folder, DIR a model folder; a tokenizer_config.json or a
-chat_template.jinja in it says how chats become prompts and which further token ends a completion. Replicas keep to the
-checkpoint that is the newest when this command runs. predict= names models that answer whole inputs, under
-/predict/NAME (`serve.http.predictions`). Further arguments of each model, with their defaults:
+RUN is the name of a run under EDIFICE_HOME/runs or its folder, DIR a model folder, with engine=vllm also one of Hugging
+Face's; a tokenizer_config.json or a chat_template.jinja in it says how chats become prompts and which further token
+ends a completion. Replicas keep to the checkpoint that is the newest when this command runs. predict= names models that
+answer whole inputs, under /predict/NAME (`serve.http.predictions`). Further arguments of each model, with defaults:
 
     replicas=1 most_replicas=        processes, and how many there may be when there is more to do
     cpus=1 gpus=0 stall=10           of each; seconds of a step after which it is wedged and replaced
@@ -18,7 +18,8 @@ checkpoint that is the newest when this command runs. predict= names models that
     dtype= weights=                  fp32 or bf16; int8 or int4 besides
     engine=edifice                   or vllm, for what it knows (`serve.vllm`)
 
-`models=` takes a JSON list of tables with these instead, `gateways=1` says how many processes answer HTTP.
+`models=` takes a JSON list of tables with these instead, `gateways=1` says how many processes answer HTTP, `loaded=0`
+how many models that came while the server runs (`serve.http.admin`) may be there at once, 0 for any number.
 
 A gateway (`serve.replicas.gateway`) answers HTTP, replicas (`serve.replicas.replica`) hold one engine each.
 most_replicas lets Ray Serve start more of them, up to so many, when there are more than max_rows requests for each.
@@ -28,6 +29,9 @@ EDIFICE_API_KEYS, comma separated, is read where this command runs; keys= names 
 
 import json
 import os
+import re
+import time
+from hashlib import sha256
 from typing import Any, Literal
 
 from click import ClickException
@@ -36,7 +40,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
-from cluster import folder, storage
+from cluster import storage
 from serve.replicas.directory import Directory, Model
 from serve.replicas.gateway import Gateway
 from serve.replicas.predictors import PredictReplica
@@ -78,6 +82,7 @@ class Arguments(Options):
     model: str = ""
     models: list[Options] = []
     gateways: int = Field(1, ge=1)
+    loaded: int = Field(0, ge=0)
     keys: str = ""
     predict: str = ""
 
@@ -97,7 +102,7 @@ def build(args: dict[str, Any]) -> Application:
         known += keys.read(arguments.keys) if arguments.keys else []
     except ValueError as error:
         raise ClickException(f"keys={error}") from None
-    directory = Directory.bind()
+    directory = Directory.bind(arguments.loaded)
     gateway = Gateway.options(num_replicas=arguments.gateways)
     return gateway.bind(
         [model for model, _ in models],
@@ -123,7 +128,7 @@ def replicas(model: Model, options: Options, directory: Application | Deployment
             policy=AutoscalingPolicy(policy_function="serve.replicas.scaling:by_requests"),
         )
     deployment = Replica.options(
-        name=f"Replica {model.name}",
+        name=f"Replica {label(model.name)}",
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
         **scaling,
     )
@@ -135,7 +140,7 @@ def replicas(model: Model, options: Options, directory: Application | Deployment
 def predictors(name: str, source: str, options: Options) -> Application:
     """Those of a model that predicts."""
     deployment = PredictReplica.options(
-        name=f"Predictor {name}",
+        name=f"Predictor {label(name)}",
         num_replicas=options.replicas,
         ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
     )
@@ -144,25 +149,37 @@ def predictors(name: str, source: str, options: Options) -> Application:
     )
 
 
+def label(name: str) -> str:
+    """Of a model, for Ray Serve, which makes file names of it."""
+    plain = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)
+    return plain if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:8]}"
+
+
 def located(options: Options) -> tuple[Model, Options]:
     """What is to be served. ClickException in one line when it is not there."""
+    from serve import stored
+
     source = find(options.model)
-    config = folder.load(source).json("config.json")["config"]
+    config = stored.stored(source).json("config.json")
+    if stored.is_plain(source) and options.engine != "vllm":
+        raise ClickException(f"model={options.model}: a Hugging Face folder is served with engine=vllm")
+    vocab = config["vocab_size"] if stored.is_plain(source) else config["config"]["vocab"]
     name = options.name or storage.split(options.model)[1]
-    return Model(name, source, config["vocab"], options.max_len, options.engine), options
+    return Model(name, source, vocab, options.max_len, options.engine, created=int(time.time())), options
 
 
 def find(model: str) -> str:
     """The absolute path or URI of the newest checkpoint of a run or of a model folder. ClickException otherwise."""
     from models import hub
+    from serve import stored
 
     places = [model if storage.is_uri(model) else os.path.abspath(os.path.expanduser(model))]
     if "/" not in model:
         places.append(storage.join(storage.home(), "runs", model))
     for place in places:
         try:
-            newest = hub.locate(place)
-            if "config.json" in folder.load(newest):
+            newest = place if stored.is_plain(place) else hub.locate(place)
+            if "config.json" in stored.stored(newest):
                 return newest
         except (OSError, ValueError):
             continue

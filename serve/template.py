@@ -71,12 +71,11 @@ class Template:
     @classmethod
     def load(cls, path: str, tokenizer: Tokenizer | None) -> "Template | None":
         """Of the model folder or run at `path`; None when it is not made for chats. ValueError: a broken template."""
-        from cluster import folder
-        from models import hub
+        from serve.stored import stored
 
-        stored = folder.load(hub.locate(path))
-        config = stored.json(CONFIG) if CONFIG in stored else {}
-        template = stored.text(TEMPLATE) if TEMPLATE in stored else _default(config.get("chat_template"))
+        files = stored(path)
+        config = files.json(CONFIG) if CONFIG in files else {}
+        template = files.text(TEMPLATE) if TEMPLATE in files else _default(config.get("chat_template"))
         if tokenizer is None or (template is None and not MARKERS <= tokenizer.get_vocab().keys()):
             return None
         tokens = {name: spelling(value) for name, value in config.items() if name.endswith("_token")}

@@ -266,11 +266,10 @@ def load(path: str, **options: Any) -> VLLMEngine:
     """
     from cluster import folder
     from models import hub
+    from serve.stored import is_plain
     from serve.template import CONFIG, spelling
 
-    if (Path(path) / "config.json").is_file() and "architectures" in json.loads(
-        (Path(path) / "config.json").read_text()
-    ):
+    if is_plain(path):
         return _open(path, Path(path) / "tokenizer.json", _ends(Path(path)), options)
     place = hub.locate(path)
     stored, ends = folder.load(place), []

@@ -7,6 +7,7 @@ is, is told at /openapi.json.
 """
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 from fastapi import FastAPI
 from fastapi import Request as HTTPRequest
@@ -114,35 +115,36 @@ def create_app(service: Service) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        cards = [_card(served) for served in service.models.values()]
         predicting = [PredictorCard(**predictions.card(name, each)) for name, each in service.predictors.items()]
-        return ModelList(object="list", data=[*cards, *predicting])
+        return ModelList(object="list", data=[*service.cards().values(), *predicting])
 
     @app.get("/v1/models/{name:path}", responses=errors(404))
     async def model(name: str) -> ModelCard | PredictorCard:
         if name in service.predictors:
             return PredictorCard(**predictions.card(name, service.predictors[name]))
-        return _card(_find(service, name))
+        return service.cards().get(name) or _unknown(service, name)
 
     @app.post("/v1/completions", response_model=CompletionReply, responses={**WORK, **STREAM})
     async def completions(body: Completion) -> Response:
-        return await respond(CompletionAnswer(_find(service, body.model), body, service.limits))
+        return await respond(CompletionAnswer(await _find(service, body.model), body, service.limits))
 
     @app.post("/v1/chat/completions", response_model=ChatReply, responses={**WORK, **STREAM})
     async def chat_completions(body: ChatCompletion) -> Response:
-        return await respond(ChatAnswer(_find(service, body.model), body, service.limits))
+        return await respond(ChatAnswer(await _find(service, body.model), body, service.limits))
 
     @app.post("/v1/embeddings", response_model=EmbeddingReply, responses=WORK)
     async def embeddings(request: HTTPRequest, body: Embedding) -> Response:
-        return JSONResponse(await while_there(request.receive, embed(_find(service, body.model), body, service.limits)))
+        return JSONResponse(
+            await while_there(request.receive, embed(await _find(service, body.model), body, service.limits))
+        )
 
     @app.post("/tokenize", responses=WORK)
     async def tokenize(body: Tokenization) -> Tokens:
-        return await tokens.tokenize(_find(service, body.model), body)
+        return await tokens.tokenize(await _find(service, body.model), body)
 
     @app.post("/detokenize", responses=WORK)
     async def detokenize(body: Detokenization) -> Text:
-        return await tokens.detokenize(_find(service, body.model), body)
+        return await tokens.detokenize(await _find(service, body.model), body)
 
     app.include_router(pages.routes(service))
     app.include_router(predictions.routes(service.predictors, WORK))
@@ -150,22 +152,15 @@ def create_app(service: Service) -> FastAPI:
     return app
 
 
-def _find(service: Service, name: str) -> Served:
-    served = service.models.get(name)
-    if served is None:
-        known = ", ".join(map(repr, service.models)) or "none"
-        raise APIError(404, f"the model {name!r} does not exist; this server has {known}", "model", "model_not_found")
-    return served
+async def _find(service: Service, name: str) -> Served:
+    if name not in service.models and service.shelf is not None:
+        await service.shelf.bring(name)
+    return service.models.get(name) or _unknown(service, name)
 
 
-def _card(served: Served) -> ModelCard:
-    return ModelCard(
-        id=served.name,
-        object="model",
-        created=served.created,
-        owned_by="edifice",
-        max_model_len=served.prompts.longest,
-    )
+def _unknown(service: Service, name: str) -> NoReturn:
+    known = ", ".join(map(repr, service.cards())) or "none"
+    raise APIError(404, f"the model {name!r} does not exist; this server has {known}", "model", "model_not_found")
 
 
 def _is_open(path: str) -> bool:

@@ -22,7 +22,7 @@ def describe(app: FastAPI, service: Service) -> None:
                 and schema.get("additionalProperties") is False
                 and "object" not in schema["properties"]
             ):
-                name["enum"] = list(service.models)
+                name["enum"] = list(service.cards())
         for path, routes in found["paths"].items():
             for route in routes.values():
                 route["responses"].pop("422", None)  # what is malformed is 400 here

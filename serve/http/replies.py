@@ -37,6 +37,10 @@ class ModelCard(Shape):
     owned_by: str
     max_model_len: int
 
+    @classmethod
+    def of(cls, name: str, created: int, longest: int) -> "ModelCard":
+        return cls(id=name, object="model", created=created, owned_by="edifice", max_model_len=longest)
+
 
 class PredictorCard(Shape):
     """A model that takes whole inputs at /predict."""

@@ -4,12 +4,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 from serve.grammar import Grammars
 from serve.http.keys import Key
 from serve.http.limits import Limits
 from serve.http.logprobs import Speller
 from serve.http.metrics import Metrics
+from serve.http.replies import ModelCard
 from serve.predict import Predicts
 from serve.prompts import Prompts
 from serve.template import Template
@@ -53,18 +55,35 @@ class Served:
         return Metrics(self.backend, self.name, self.replica)
 
 
+class Shelf(Protocol):
+    """Models that are known and not loaded."""
+
+    def cards(self) -> dict[str, ModelCard]:
+        """By name."""
+
+    async def bring(self, name: str) -> None:
+        """Loads the one of this name, if there is one. APIError when that fails."""
+
+
 @dataclass(frozen=True)
 class Service:
     """What the routes need. models: by name; what is in it when a request comes counts, so it may change at any time.
 
     keys: API keys; none of them means that only this machine is served. limits: on what one client may ask for.
-    predictors: by name, what answers whole inputs under /predict.
+    predictors: by name, what answers whole inputs under /predict. shelf: what may be added to `models` when asked for.
     """
 
     models: Mapping[str, Served]
     keys: Sequence[str | Key] = ()
     limits: Limits = _LIMITS
     predictors: Mapping[str, Predicts] = field(default_factory=dict)
+    shelf: Shelf | None = None
+
+    def cards(self) -> dict[str, ModelCard]:
+        """By name, of all models that answer, be it after they were loaded."""
+        shelf = {} if self.shelf is None else self.shelf.cards()
+        here = {one.name: ModelCard.of(one.name, one.created, one.prompts.longest) for one in self.models.values()}
+        return shelf | here
 
     @classmethod
     def of(cls, *models: Served, keys: Sequence[str | Key] = (), limits: Limits = _LIMITS) -> "Service":

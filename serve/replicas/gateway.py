@@ -31,13 +31,16 @@ class Gateway:
         replicas: Sequence[DeploymentHandle],
         predictors: Mapping[str, DeploymentHandle],
     ) -> None:
-        from serve.http.served import Service
+        from serve.http.served import Served, Service
         from serve.replicas.predictors import RemotePredictor
+        from serve.replicas.shelf import Shelf
 
         self.directory, self.first = directory, {model.name for model in models}
         self.known: dict[str, Model] = {}
         found = {name: await RemotePredictor.connect(handle) for name, handle in predictors.items()}
-        self.service = Service({}, keys, predictors=found)
+        self.served: dict[str, Served] = {}
+        self.shelf = Shelf(self.served, directory)
+        self.service = Service(self.served, keys, predictors=found, shelf=self.shelf)
         for model in models:
             await self._add(model)
         self._watching = asyncio.create_task(self._watch())
@@ -47,19 +50,19 @@ class Gateway:
         from serve.http.api import create_app
 
         app = create_app(self.service)
-        app.include_router(admin.routes(self.service, self.first, self.directory))
+        app.include_router(admin.routes(self.shelf, self.first))
         return app
 
     async def _watch(self) -> None:
         """Follows the directory."""
-        version = 0
+        version, loaded = 0, {}
         while True:
             try:
-                news: News = await self.directory.look.remote(version)
+                news: News = await self.directory.look.remote(version, loaded)
             except Exception:  # it is being restarted, and what is connected stays so
                 await asyncio.sleep(0.5)
                 continue
-            version = news.version
+            version, loaded, self.shelf.known = news.version, news.loaded, news.shelf
             for model in news.models.values():
                 if model.name not in self.first and not self._has(model):
                     await self._add(model)
@@ -78,17 +81,17 @@ class Gateway:
         served = await asyncio.to_thread(_served, model, serve.get_replica_context().replica_id.unique_id)
         if model.name in self.known:
             self._remove(model.name)
-        self.known[model.name], self.service.models[model.name] = model, served
+        self.known[model.name], self.served[model.name] = model, served
 
     def _remove(self, name: str) -> None:
         """No new requests; those that run may end."""
         del self.known[name]
-        self.service.models.pop(name).backend.retire()
+        self.served.pop(name).backend.retire()
 
     async def _connect(self, place: Place) -> None:
         from serve.replicas.remote import Address
 
-        backend = self.service.models[place.model.name].backend
+        backend = self.served[place.model.name].backend
         with contextlib.suppress(OSError, TimeoutError):  # gone again; if not, the directory says so once more
             await backend.connect(Address(place.replica, place.host, place.port, place.secret))
 
@@ -97,14 +100,15 @@ def _served(model: Model, gateway: str) -> Any:
     """What the routes need of a model, from its folder."""
     from tokenizers import Tokenizer
 
-    from cluster import folder
     from serve.http.served import Served
     from serve.prompts import Prompts
     from serve.replicas.remote import Remote
+    from serve.stored import stored
     from serve.template import Template
     from serve.vllm import Refusing
 
-    stored = folder.load(model.source)
-    tokenizer = Tokenizer.from_str(stored.text("tokenizer.json")) if "tokenizer.json" in stored else None
+    files = stored(model.source)
+    tokenizer = Tokenizer.from_str(files.text("tokenizer.json")) if "tokenizer.json" in files else None
     prompts = (Refusing if model.engine == "vllm" else Prompts)(tokenizer, model.vocab, model.max_len)
-    return Served(model.name, Remote(prompts), prompts, Template.load(model.source, tokenizer), gateway)
+    template = Template.load(model.source, tokenizer)
+    return Served(model.name, Remote(prompts), prompts, template, gateway, model.created)

@@ -6,6 +6,7 @@ as lost; so does one that is told of an engine that broke or is wedged, for then
 
 import asyncio
 import secrets
+import time
 from asyncio import Future
 from contextlib import suppress
 from functools import partial
@@ -30,6 +31,17 @@ class Port:
         self.secret = secrets.token_bytes(32)
         self.lines: set[Line] = set()
         self.leaving, self.failure = False, None
+        self._used = time.monotonic()
+
+    @property
+    def idle(self) -> float:
+        """Seconds without a request."""
+        if any(line.tags for line in self.lines):
+            self.use()
+        return time.monotonic() - self._used
+
+    def use(self) -> None:
+        self._used = time.monotonic()
 
     def check(self) -> None:
         """Raises Failed when nobody is served any more, and that stays so."""
@@ -100,6 +112,7 @@ class Line(Wire):
         elif kind == "submit":
             requests = [(tag, unpack_request(packed)) for tag, packed in message[0]]
             self.tags.update(tag for tag, _ in requests)
+            self._port.use()
             self._submit(requests)
         elif kind == "cancel":
             dropped = self._early.intersection(message[0])

@@ -112,6 +112,11 @@ class Remote:
         self._place(call.flights)
         return call
 
+    @property
+    def busy(self) -> bool:
+        """Whether there are requests."""
+        return self._open > 0
+
     def stats(self) -> dict[str, float]:
         """Of all replicas together, and what this gateway did."""
         total = dict(self._past)

@@ -50,7 +50,7 @@ class Replica:
     async def _announce(self) -> None:
         while self.port.failure is None:
             with contextlib.suppress(Exception):  # the directory itself may be restarting; it is told again
-                await self.directory.announce.remote(self.place)
+                await self.directory.announce.remote(self.place, self.port.idle)
             await asyncio.sleep(ANNOUNCE_SECONDS)
 
     async def __del__(self) -> None:

@@ -73,7 +73,7 @@ def server(model_folder, tmp_path_factory):
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         server = Server(port, str(model_folder))
         server.keys = str(keys)
-        server.deploy(keys=str(keys))
+        server.deploy(keys=str(keys), loaded="1")
         yield server
     finally:
         serve.shutdown()
@@ -134,7 +134,7 @@ def test_a_rolling_update(server, expected):
     """With another option, so that all replicas and the gateway are replaced while clients ask."""
     pids = set(server.killer.alive())
     with ThreadPoolExecutor(1) as pool:
-        done = pool.submit(server.deploy, keys=server.keys, chunk="128")
+        done = pool.submit(server.deploy, keys=server.keys, loaded="1", chunk="128")
         while not done.done():
             check(server.answers(), expected)
         done.result()
@@ -162,5 +162,17 @@ def test_models_come_and_go(server, expected):
         with pytest.raises(urllib.error.HTTPError) as refused:
             server.admin(method, where, body, key)
         assert refused.value.code == status and "message" in json.load(refused.value)["error"]
-    assert server.admin("DELETE", "/models/second")["deleted"]
+
+
+def test_models_take_turns(server, expected):
+    """One that was loaded has room: another one sends it away, and it comes back when it is asked for."""
+    server.admin("POST", "/models", {"model": server.folder, "name": "a/third", "cpus": 0})
+    assert sorted(server.client.models()) == ["a/third", "second", NAME]
+    assert server.client.get("/stats")["models"].keys() == {"a/third", NAME}
+    path, body = REQUESTS[0]
+    with ThreadPoolExecutor(3) as pool:
+        check(pool.map(lambda _: ask(server.client, path, {**body, "model": "second"}), range(3)), expected[:1] * 3)
+    assert server.client.get("/stats")["models"].keys() == {"second", NAME}
+    for name in ("second", "a/third"):
+        assert server.admin("DELETE", f"/models/{name}")["deleted"]
     server.until(lambda: server.client.models() == [NAME])

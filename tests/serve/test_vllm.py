@@ -13,11 +13,13 @@ from pathlib import Path
 import openai
 import pytest
 import torch
+from click import ClickException
 
 import models
 from models import hub
-from serve import vllm
+from serve import app, vllm
 from serve.engine import Engine
+from serve.replicas import gateway
 from serve.sampler import Sampling
 from serve.template import Template
 
@@ -185,6 +187,20 @@ def test_what_is_refused_and_what_is_counted(client, server):
     while numbers()["running"]:
         assert time.monotonic() < deadline, "the row of a client that went away is free"
     assert numbers()["pages_used"] == 0
+
+
+def test_a_hugging_face_folder_is_found(llama, tokenizer, tmp_path):
+    """As `serve run` looks at it, and a gateway."""
+    hub.save_hf(llama, str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    model, _ = app.located(app.Options(model=str(tmp_path), engine="vllm"))
+    assert (model.source, model.vocab) == (str(tmp_path), tokenizer.get_vocab_size())
+    served = gateway._served(model, "")
+    assert served.template is not None and served.prompts.encode("def") == [tokenizer.token_to_id("<|bos|>")] + (
+        tokenizer.encode("def").ids
+    )
+    with pytest.raises(ClickException, match="is served with engine=vllm"):
+        app.located(app.Options(model=str(tmp_path)))
 
 
 def test_models_that_vllm_has_not(model_folder):
