@@ -6,9 +6,10 @@ free, and begins where the prefix cache knows the beginning. Who starts first:
 
     the lowest priority number;  of these the key that was served the fewest tokens;  of these who came first
 
-Whoever was passed by too often goes before all of them, so nobody starves. When pages run out, the sequence of the
-worst priority that came last gives its memory back and waits, to compute its tokens again (what is still in the prefix
-cache is found there) or with its state kept outside. So does one whose row a sequence of better priority needs.
+In the same order prompts get the tokens that a step has for them: a long one holds up nobody who goes before it.
+Whoever was passed by too often goes before all others, so nobody starves. When pages run out, the sequence of the worst
+priority that came last gives its memory back and waits, to compute its tokens again (what is still in the prefix cache
+is found there) or with its state kept outside. So does one whose row a sequence of better priority needs.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,14 +24,15 @@ from serve.sampler import Logprobs, Sampling
 from serve.shaping import Shaper
 from serve.text import TextStream
 
-_PATIENCE = 64  # sequences that may start before one that came earlier
+_PATIENCE = 64  # sequences that may start before one that came earlier is computed
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
     """One request on its way: `tokens` are known, the first `computed` of them are in the state of `row`.
 
-    cached: prompt tokens that were found in the prefix cache. passed: how often a later one started before it.
+    cached: prompt tokens that were found in the prefix cache. passed: how often a later one started before its prompt
+    was computed.
     arrived, begun, first: when it came, first had a row and had its first token, in seconds of `perf_counter`.
     """
 
@@ -144,7 +146,7 @@ class Scheduler:
             self._start(budget)
         self._left, self._cut = budget, []
         work = [(sequence, 1) for sequence in self.running if sequence.missing == 1]
-        return work + self._parts(sequence for sequence in self.running if sequence.missing > 1)
+        return work + self._parts(sorted(self._prompts(), key=self._turn))
 
     def rest(self) -> Work:
         """What the same step computes after that: of prompts that were cut where a checkpoint is taken, the rest."""
@@ -168,13 +170,13 @@ class Scheduler:
         return work
 
     def _start(self, budget: int) -> None:
-        """Rows for those whose turn it is, while those that run leave some of `budget`."""
-        budget -= sum(sequence.missing for sequence in self.running if sequence.missing > 1)
+        """Rows for those whose turn it is, while those that run and go before them leave some of `budget`."""
         best = min(sequence.priority for sequence in self.waiting)
         if not self.memory.free_rows and best >= max(sequence.priority for sequence in self.running):
             return
         for sequence in sorted(self.waiting, key=self._turn)[: self.memory.rows]:
-            if budget <= 0:
+            turn = self._turn(sequence)
+            if budget <= sum(other.missing for other in self._prompts() if self._turn(other) < turn):
                 return
             trail = self._look_up(sequence)
             if trail is not None and self._is_computed_now(sequence, trail):
@@ -186,7 +188,10 @@ class Scheduler:
                     return
                 self._preempt(max(worse, key=_rank))
                 trail = self._look_up(sequence)
-            budget -= sequence.missing
+
+    def _prompts(self) -> list[Sequence]:
+        """Those that run and lack more than their last token."""
+        return [sequence for sequence in self.running if sequence.missing > 1]
 
     def _turn(self, sequence: Sequence) -> tuple[float, int, int]:
         return (_rank(sequence)[0], self._served[sequence.key], sequence.id)
@@ -226,7 +231,8 @@ class Scheduler:
             return False
         self.waiting.remove(sequence)
         self.running.append(sequence)
-        for other in self.waiting:
+        turn = self._turn(sequence)
+        for other in (*self.waiting, *(prompt for prompt in self._prompts() if turn < self._turn(prompt))):
             other.passed += other.id < sequence.id
         sequence.row, sequence.trail, sequence.computed = row, trail, start.length if start else 0
         if sequence.offload is not None:

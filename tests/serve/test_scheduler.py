@@ -92,6 +92,23 @@ def test_keys_that_are_away_are_forgotten_once_they_would_come_back_even(model):
     assert [*engine.scheduler._served] == ["last"]
 
 
+@pytest.mark.parametrize("first, second", [({"priority": 1}, {"priority": 0}), ({"key": "a"}, {"key": "b"})])
+def test_a_long_prompt_holds_up_nobody_who_goes_before_it(model, first, second):
+    """Neither a better priority nor a key that was served less; and it is computed for all that."""
+    engine = Engine(model, max_rows=8, max_len=1024, chunk=16, prefix_cache=False)
+    long = engine.submit(Request([1] * 900, greedy(2), **first))
+    for _ in range(3):
+        engine.step()
+    short = engine.submit(Request([2] * 20, greedy(1), **second))
+    assert [event.id for _ in range(5) for event in engine.step()] == [short]
+    places = 0
+    while long in engine._live:
+        engine.submit(Request([3] * 15, greedy(1), **second))  # they never stop coming
+        engine.step()
+        places += 1
+        assert places < 300
+
+
 def test_nobody_starves(model):
     """Better priority and a less served key never stop coming; the first request still gets its row."""
     engine = Engine(model, max_rows=1, max_len=64)
