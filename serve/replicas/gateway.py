@@ -15,7 +15,15 @@ from ray.serve.handle import DeploymentHandle
 from serve.replicas.directory import Model, News, Place
 
 
-@serve.deployment(max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}, graceful_shutdown_timeout_s=600)
+# Nothing here blocks, so it can do without a thread of its own, through which every message would go.
+ONE_LOOP = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
+
+
+@serve.deployment(
+    max_ongoing_requests=100_000,
+    ray_actor_options={"num_cpus": 0, "runtime_env": ONE_LOOP},
+    graceful_shutdown_timeout_s=600,
+)
 @serve.ingress()
 class Gateway:
     """models: that are there from the beginning. replicas: of theirs, which Ray Serve starts with this application.
