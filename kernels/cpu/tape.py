@@ -312,7 +312,7 @@ def rebuilt(tree: Any, tensors: Any) -> Any:
     if isinstance(tree, Tensor):
         return next(tensors)
     if isinstance(tree, dict):
-        return {name: rebuilt(part, tensors) for name, part in tree.items()}
+        return {name: rebuilt(tree[name], tensors) for name in sorted(tree)}
     if isinstance(tree, (list, tuple)):
         return type(tree)([rebuilt(part, tensors) for part in tree])
     fields = getattr(tree, "__dataclass_fields__", None)
@@ -322,8 +322,8 @@ def rebuilt(tree: Any, tensors: Any) -> Any:
 
 
 def _parts(tree: Any) -> list:
-    if isinstance(tree, dict):
-        return list(tree.values())
+    if isinstance(tree, dict):  # the same in whatever order it was filled
+        return [tree[name] for name in sorted(tree)]
     if isinstance(tree, (list, tuple)):
         return list(tree)
     return [getattr(tree, name) for name in getattr(tree, "__dataclass_fields__", ())]

@@ -95,3 +95,15 @@ def test_what_depends_on_numbers_is_refused(what):
     with pytest.raises(NotRecorded) as caught:
         Tape(REFUSED[what], sizes, (2, 32), (2, 16))
     assert "\n" not in str(caught.value)
+
+
+def test_a_dict_is_the_same_in_whatever_order_it_was_filled():
+    """A state that a model returns has another order than the one that a memory gives."""
+
+    def step(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"b": state["b"] + 1, "a": state["a"] * 2}
+
+    tape = Tape(step, lambda b, n: ({"a": torch.empty(b, n), "b": torch.empty(b, n)},), (1, 3), (1, 4))
+    a, b = torch.rand(2, 3), torch.rand(2, 3)
+    found = tape(2, 3, {"b": b, "a": a})
+    assert torch.equal(found["a"], a * 2) and torch.equal(found["b"], b + 1)
