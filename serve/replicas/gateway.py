@@ -14,7 +14,6 @@ from ray.serve.handle import DeploymentHandle
 
 from serve.replicas.directory import Model, News, Place
 
-
 # Nothing here blocks, so it can do without a thread of its own, through which every message would go.
 ONE_LOOP = {"env_vars": {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0"}}
 
