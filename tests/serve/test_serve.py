@@ -87,7 +87,7 @@ def test_streams_add_up_and_tell_their_usage(client, url):
     options = {"model": "tiny", "prompt": "for", "max_tokens": 40, "seed": 9, "extra_body": {"ignore_eos": True}}
     whole = client.completions.create(**options)
     chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
-    assert len(chunks) > 10
+    assert len(chunks) > 3  # some tokens may go out together
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == whole.choices[0].text
     assert [chunk.choices[0].finish_reason for chunk in chunks[-2:-1]] == ["length"]
     assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage and whole.usage.completion_tokens == 40
@@ -113,7 +113,7 @@ def test_chats(client, engine, tokenizer):
         values = [each.logprob for each in choice.logprobs.content]
         assert values == pytest.approx([each.token for each in result.logprobs], abs=1e-4)
     chunks = list(client.chat.completions.create(**options, stream=True))
-    assert len(chunks) > 10 and chunks[0].choices[0].delta.role == "assistant"
+    assert len(chunks) > 3 and chunks[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected[0].text
     assert chunks[-1].choices[0].finish_reason == "length"
 
