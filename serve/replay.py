@@ -7,6 +7,7 @@ it runs as before.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,19 @@ from models.state import Pages, State
 
 AFTER = 64  # calls of a kind before it is recorded, which takes seconds
 _Key = tuple[int, bool, bool, int, bool]
+_recorder = ThreadPoolExecutor(1, "recorder")
+_asked: list[Future] = []  # recordings that may be under way
+
+
+def recording() -> bool:
+    """Whether a tape is being made in this process: whatever is timed meanwhile is slower than it will be."""
+    _asked[:] = [tape for tape in _asked if not tape.done()]
+    return bool(_asked)
+
+
+def _submitted(make: Callable, *given: Any) -> Future:
+    _asked.append(_recorder.submit(make, *given))
+    return _asked[-1]
 
 
 class Replay:
@@ -33,7 +47,6 @@ class Replay:
         self.model, self.rows, self.pages, self.after, self.aside = model, rows, pages, after, aside
         self._seen: Counter[_Key] = Counter()
         self._tapes: dict[_Key, Future[Tape | None]] = {}
-        self._recorder = ThreadPoolExecutor(1, "recorder")
 
     def __call__(
         self, ids_BT: Tensor, state: State, segments_BT: Tensor | None, keep: int, parents_BT: Tensor | None
@@ -49,21 +62,24 @@ class Replay:
         if key not in self._tapes:
             if self._seen[key] < self.after or pages == 1 < self.pages:
                 return None
-            self._tapes[key] = self._recorder.submit(self._recorded, key, state)
+            self._tapes[key] = _submitted(self._recorded, key, state)
         tape = self._tapes[key]
         player = tape.result() if tape.done() or not self.aside else None
         if player is None:
             return None
         return player(rows, pages, ids_BT, state, segments_BT, parents_BT)
 
-    def ready(self, tokens: int, rows: int, keep: int, chain: bool, state: State) -> bool:
-        """Whether calls of such a kind, with padding or without, run as they always will; if not, recording begins."""
+    def ready(self, tokens: int, rows: int, keep: int, chain: bool, state: Callable[[], State]) -> bool:
+        """Whether calls of such a kind, with padding or without, run as they always will; if not, recording begins.
+
+        state: gives that of such a call, and is asked only then.
+        """
         if tokens > FEW or not self.model.embedding.weight.is_cpu:
             return True
         keys = [(tokens, rows == 1, whole, keep, chain) for whole in ((True, False) if tokens > 1 else (True,))]
         for key in keys:
             if key not in self._tapes:
-                self._tapes[key] = self._recorder.submit(self._recorded, key, state)
+                self._tapes[key] = _submitted(self._recorded, key, state())
         return all(self._tapes[key].done() for key in keys)
 
     def settled(self, tokens: int, rows: int, whole: bool, keep: int, chain: bool) -> bool:

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from serve.replay import recording
 from serve.scheduler import Sequence
 from serve.width import Rate, Width
 
@@ -106,7 +107,6 @@ class Speculation:
         self.drafts = self.drafted = self.accepted = 0
         self._rates: dict[int, Rate] = {}
         self._typical = Rate()
-        self._known: set[int] = set()  # sizes of drafts made before
 
     def propose(self, sequences: Items[Sequence], room: Items[int], ready: Callable[[int], bool]) -> list[Draft | None]:
         """A draft, or none, for each sequence that lacks only its last token.
@@ -120,11 +120,8 @@ class Speculation:
             return [None] * len(sequences)
         begin = perf_counter()
         drafts = self.drafter.propose(sequences, width)
-        if any(drafts):
-            columns = len(sequences) * (1 + self.drafter.size(width))
-            if columns in self._known:  # the first draft of a size makes what the later ones find there
-                self.width.drafting.add(columns, perf_counter() - begin)
-            self._known.add(columns)
+        if any(drafts) and not recording():
+            self.width.drafting.add(len(sequences) * (1 + self.drafter.size(width)), perf_counter() - begin)
         return [draft and draft.cut(left) for draft, left in zip(drafts, room)]
 
     def learn(self, sequence: Sequence, draft: Draft, path: Items[int]) -> None:

@@ -14,7 +14,7 @@ from models.decoder import Decoder
 from models.span import Span
 from models.state import State, select
 from serve.memory import StateMemory
-from serve.replay import Replay
+from serve.replay import Replay, recording
 from serve.scheduler import Sequence
 from serve.speculative import Draft
 from serve.width import LENGTHS
@@ -128,7 +128,7 @@ class Step:
         played = self.replay(ids_BT, state, segments_BT, keep, parents_BT)
         if played is not None:
             x_BTD, _, state, logits_BTC = played
-            return Call(parts, x_BTD, self._picked(logits_BTC, wanted), state, self.memory, tree, usual=True)
+            return Call(parts, x_BTD, self._picked(logits_BTC, wanted), state, self.memory, tree, not recording())
         usual = self.replay.settled(width, len(rows), segments_BT is None, keep, parents_BT is None)
         x_BTD, at, state = self.model.hidden(ids_BT, state, segments_BT, keep, parents_BT=parents_BT)
         logits_NC = self._logits(x_BTD, at, ids_BT, wanted)
@@ -137,7 +137,8 @@ class Step:
     def ready(self, rows: Items[int], tokens: int) -> bool:
         """Whether calls of so many tokens for each of `rows` run as fast as they ever will; sees to it that they do."""
         keep = 0 if tokens == 1 or self.trees else tokens
-        return self.replay.ready(tokens, len(rows), keep, tokens == 1 or not self.trees, self.memory.take(tuple(rows)))
+        chain = tokens == 1 or not self.trees
+        return self.replay.ready(tokens, len(rows), keep, chain, lambda: self.memory.take(tuple(rows)))
 
     def onward(self, ids_B1: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits (B, C) after one more token of each row, and the state then, which is the caller's to keep or drop."""

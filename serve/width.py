@@ -12,7 +12,7 @@ is not chosen.
 """
 
 from bisect import bisect_left, insort
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 
@@ -29,23 +29,23 @@ _PRIOR = 0.6  # of guesses of a drafter nothing is known about
 
 class Times:
     """Seconds of a call by its size, the least of the latest; between measured sizes on a line, beyond them along the
-    last one."""
+    last one. The first alone is none: it may have been disturbed, and what looks slow is not measured again soon."""
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
-        self._latest: dict[int, deque[float]] = {}
+        self._latest: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_LATEST))
         self._seconds: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> None:
-        latest = self._latest.get(size)
-        if latest is None:
-            insort(self._sizes, size)
-            latest = self._latest[size] = deque(maxlen=_LATEST)
+        latest = self._latest[size]
         latest.append(seconds)
-        self._seconds[size] = min(latest)
+        if size not in self._seconds and len(latest) > 1:
+            insort(self._sizes, size)
+        if size in self._sizes:
+            self._seconds[size] = min(latest)
 
     def fade(self) -> None:
-        """Nothing is as slow for ever as it once was; what has faded gives way to the next measurement."""
+        """Nothing is as slow for ever as it once was; what has faded gives way to the next measurements."""
         for size in self._sizes:
             self._seconds[size] *= _FADE
             self._latest[size].clear()
@@ -53,17 +53,17 @@ class Times:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __call__(self, size: int, least: tuple[int, float] = (0, 0.0)) -> float:
+    def __call__(self, size: int, least: tuple[int, float] | None = None) -> float:
         """Seconds of a call of `size`; least: the smallest size there is and its seconds, which they are if no other
         was measured."""
         sizes = self._sizes
         if not sizes:
-            return least[1]
+            return least[1] if least else 0.0
         right = bisect_left(sizes, size)
         if right < len(sizes) and sizes[right] == size:
             return self._seconds[size]
         if right == 0:
-            if not least[1]:
+            if least is None:
                 return self._seconds[sizes[0]]
             part = (size - least[0]) / (sizes[0] - least[0])
             return least[1] + part * max(0.0, self._seconds[sizes[0]] - least[1])
@@ -167,7 +167,7 @@ class Width:
     def _seconds(self, rows: int, width: int) -> float:
         """Of a call with drafts, and of making them."""
         plain, columns = self.plain(rows), rows * (1 + self.drafts.size(width))
-        return max(plain, self.calls(columns, (rows, plain))) + self.drafting(columns)
+        return max(plain, self.calls(columns, (rows, plain))) + self.drafting(columns, (rows, 0.0))
 
     def _best(self, rates: Items[Rate]) -> int:
         rows = len(rates)

@@ -3,17 +3,18 @@
 It draws its guesses with the request's own numbers: a number that picks a token from one distribution picks the same
 one from a similar distribution, so that guesses hold at temperature too (and are checked exactly, as all are).
 
-Its state follows the tokens that are known. Guesses are computed on a state that is thrown away: what they write lies
-past the row's length and is overwritten.
+Its state follows the tokens that are known. What it computed of its own guesses stays computed as far as they held, so
+that it never reads a token twice.
 """
 
 from collections.abc import Sequence as Items
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from models.decoder import Decoder
-from models.state import DRAFT
+from models.state import DRAFT, State
 from serve.memory import StateMemory
 from serve.sampler import sample
 from serve.scheduler import Sequence
@@ -22,62 +23,92 @@ from serve.step import Part, Step
 from serve.width import Chains
 
 
+@dataclass(frozen=True)
+class _Guesses:
+    """What was read of each follower: its last known token, then the guesses. moments: the state before, and after each
+    step."""
+
+    followers: list[Sequence]
+    read: list[list[int]]
+    moments: list[State]
+
+
 class DraftModel(Chains):
     """model: a causal decoder. max_rows, max_len: as of the engine. widest: tokens of a draft. chunk: tokens that are
     caught up with at once; a row that lacks more is not drafted for yet."""
 
     reads = False
 
-    def __init__(self, model: Decoder, max_rows: int, max_len: int, widest: int = 7, chunk: int = 256) -> None:
-        if not 1 <= widest <= DRAFT:
-            raise ValueError(f"draft model: widest={widest}: must be from 1 to {DRAFT}")
+    def __init__(self, model: Decoder, max_rows: int, max_len: int, widest: int = 15, chunk: int = 256) -> None:
+        if not 1 <= widest < DRAFT:
+            raise ValueError(f"draft model: widest={widest}: must be from 1 to {DRAFT - 1}")
         self.model, self.widest, self.chunk = model.eval(), widest, chunk
         room = max_len + widest  # guesses for a row that is nearly full reach past its end
         self.memory = StateMemory(model.state_spec(room), max_rows, room, device=model.embedding.weight.device)
         self._call = Step(model, self.memory)
         self._followers: dict[int, Sequence] = {}  # by the id of the sequence each follows
+        self._last: _Guesses | None = None
 
     def propose(self, sequences: Items[Sequence], width: int) -> list[Draft | None]:
         drafts: list[Draft | None] = [None] * len(sequences)
+        if self._last is not None:
+            self._keep(self._last)
         ready = self._catch_up(sequences, width)
         if not ready:
             return drafts
-        guesses, state, memory = [[token] for _, _, token in ready], None, self.memory
-        samplings = [sequences[index].sampling for index, _, _ in ready]
-        rows = tuple(follower.row for _, follower, _ in ready)
-        for step in range(1, width):
-            ids_B1 = torch.tensor([[guess[-1]] for guess in guesses], device=memory.device)
-            state = memory.take(rows) if state is None else state
-            logits_BC, state = self._call.onward(ids_B1, state)
-            positions = [sequences[index].generated + step for index, _, _ in ready]
-            for guess, token in zip(guesses, sample(logits_BC, samplings, positions)):
-                guess.append(token)
-        for (index, _, _), guess in zip(ready, guesses):
-            drafts[index] = Draft.chain(guess)
+        followers = [follower for _, follower in ready]
+        own = [sequences[index] for index, _ in ready]
+        samplings = [sequence.sampling for sequence in own]
+        rows = tuple(follower.row for follower in followers)
+        read, moments = [[follower.tokens[-1]] for follower in followers], [self.memory.take(rows)]
+        for step in range(width + 1):  # the last guess is read too: then the next draft begins with one token
+            ids_B1 = torch.tensor([tokens[-1:] for tokens in read], device=self.memory.device)
+            logits_BC, state = self._call.onward(ids_B1, moments[-1])
+            moments.append(state)
+            if step < width:
+                positions = [sequence.generated + step for sequence in own]
+                for tokens, token in zip(read, sample(logits_BC, samplings, positions)):
+                    tokens.append(token)
+        self._last = _Guesses(followers, read, moments)
+        for (index, _), tokens in zip(ready, read):
+            drafts[index] = Draft.chain(tokens[1:])
         return drafts
 
-    def _catch_up(self, sequences: Items[Sequence], width: int) -> list[tuple[int, Sequence, int]]:
-        """Computes known tokens; of each row that then lacks none its index, its follower and its first guess."""
-        parts, owners = [], []
+    def _keep(self, last: "_Guesses") -> None:
+        """What was computed of guesses that turned out right is the state now."""
+        self._last = None
+        if any(self._followers.get(follower.id) is not follower for follower in last.followers):
+            return  # a row belongs to another now
+        held = []
+        for follower, read in zip(last.followers, last.read):
+            known = follower.tokens[follower.computed : -1]
+            right = (index for index, (ours, theirs) in enumerate(zip(read, known)) if ours != theirs)
+            held.append(next(right, min(len(read), len(known))))
+            follower.computed += held[-1]
+        rows_B = torch.arange(len(held), device=self.memory.device)
+        held_B = torch.tensor(held, device=self.memory.device)
+        state = {
+            name: torch.stack([moment[name] for moment in last.moments])[held_B, rows_B]
+            for name, value in last.moments[0].items()
+            if isinstance(value, Tensor)  # what grows was written in place: the length says how much of it counts
+        }
+        self.memory.put(tuple(follower.row for follower in last.followers), state)
+
+    def _catch_up(self, sequences: Items[Sequence], width: int) -> list[tuple[int, Sequence]]:
+        """Computes known tokens but the last; of each row that then lacks only that its index and its follower."""
+        found = []
         for index, sequence in enumerate(sequences):
             follower = self._follower(sequence)
-            if follower is None:
-                continue
-            follower.tokens = sequence.tokens
-            if self.memory.grow(follower.row, len(sequence.tokens) + width):
-                parts.append(Part(follower, min(follower.missing, self.chunk)))
-                owners.append(index)
-        if not parts:
-            return []
-        call = self._call(parts)
-        ready = [(index, part.sequence) for index, part in zip(owners, parts) if part.complete]
-        for part in parts:
-            part.sequence.computed += part.tokens
-        if not ready:
-            return []
-        own = [sequences[index] for index, _ in ready]
-        tokens = sample(call.logits_NC, [s.sampling for s in own], [s.generated for s in own])
-        return [(index, follower, token) for (index, follower), token in zip(ready, tokens)]
+            if follower is not None:
+                follower.tokens = sequence.tokens
+                if self.memory.grow(follower.row, len(sequence.tokens) + width):
+                    found.append((index, follower))
+        parts = [Part(row, min(row.missing - 1, self.chunk)) for _, row in found if row.missing > 1]
+        if parts:
+            self._call(parts)
+            for part in parts:
+                part.sequence.computed += part.tokens
+        return [(index, follower) for index, follower in found if follower.missing == 1]
 
     def _follower(self, sequence: Sequence) -> Sequence | None:
         """What this model has computed of `sequence`; None when there is no memory for it."""

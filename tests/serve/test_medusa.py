@@ -10,6 +10,7 @@ from serve.drafters.mtp import MTPHeads
 from serve.engine import Engine
 from serve.sampler import Sampling
 from serve.width import Rate, Width
+from tests.serve.test_speculative import told
 
 PATTERNS = ["gqa", "gqa(window=6)", "gated_deltanet gqa", "nsa"]
 ROWS = {"max_rows": 4, "max_len": 128}
@@ -131,7 +132,7 @@ def test_trees_grow_as_far_as_columns_are_cheap():
     def chosen(seconds_of):
         width = Width(drafter.widest, drafter)
         for columns in (1, *(1 + size for size in SIZES)):
-            width.add(1, columns, seconds_of(columns))
+            told(width.add, 1, columns, seconds_of(columns))
         return width.choose([Rate()])
 
     drafter = MedusaHeads(models.build("medusa", heads=3))

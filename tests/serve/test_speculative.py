@@ -1,6 +1,7 @@
 """Speculation: drafts change how many tokens a call gives, and never which."""
 
 import random
+from copy import deepcopy
 from itertools import product
 
 import pytest
@@ -73,6 +74,34 @@ def test_a_draft_of_its_own_model_is_always_right_also_at_temperature():
     drafted = engine(model, DraftModel(model, 4, 128))
     drafted.generate(PROMPTS, Sampling(max_tokens=40, temperature=1.0, seed=3, ignore_eos=True))
     assert drafted.speculation.accepted == drafted.speculation.drafted > 100
+
+
+@pytest.mark.parametrize("name", ["gqa", "sliding_window", "gated_deltanet"])
+def test_guesses_are_the_draft_models_own_whatever_became_of_those_before(name):
+    torch.manual_seed(1)
+    model = models.build(name)
+    small = deepcopy(model)
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+    drafter, said = DraftModel(small, 4, 128), []
+    propose = drafter.propose
+
+    def noted(sequences, width):
+        width = 1 + len(said) % 7
+        drafts = propose(sequences, width)
+        said.extend((list(row.tokens), draft.tokens) for row, draft in zip(sequences, drafts) if draft)
+        return drafts
+
+    drafter.propose = noted
+    sampling = [Sampling(max_tokens=n, temperature=0.0, ignore_eos=True) for n in (30, 9, 25, 14)]
+    found = engine(model, drafter)
+    found.generate(PROMPTS, sampling)
+    assert 0 < found.speculation.accepted < found.speculation.drafted
+    alone = engine(small)
+    for tokens, guesses in said[::5]:
+        [own] = alone.generate([tokens], Sampling(max_tokens=len(guesses), temperature=0.0, ignore_eos=True))
+        assert own.tokens == list(guesses)
 
 
 def test_a_draft_model_guesses_up_to_the_last_token_that_fits():
@@ -200,22 +229,28 @@ def test_width_never_costs_more_than_it_can_bring(rows):
     assert simulate(0.9, flat, rows=rows)[0] > 3
 
 
+def told(add, *measured):
+    """As often as makes it known."""
+    for _ in range(2):
+        add(*measured)
+
+
 def test_width_looks_again_after_a_while():
     width, rate = Width(4), Rate(0.0)
     for tokens in (1, 2, 4):
-        width.add(1, tokens, 1.0 + tokens / 10)
+        told(width.add, 1, tokens, 1.0 + tokens / 10)
     assert [width.choose([rate]) for _ in range(2 * PROBE)].count(1) == 2
-    width.drafting.add(2, 4.0)  # a look that costs more is taken less often
+    told(width.drafting.add, 2, 4.0)  # a look that costs more is taken less often
     assert [width.choose([rate]) for _ in range(2 * SELDOM)].count(1) in range(2, 9)
     rate.value = 0.99
-    width.calls.add(4, 1.1)
-    width.drafting.add(2, 0.0)
+    told(width.calls.add, 4, 1.1)
+    told(width.drafting.add, 2, 0.0)
     assert [width.choose([rate]) for _ in range(2 * PROBE)].count(0) in (1, 2)
 
 
 def test_width_waits_for_calls_that_will_be_faster():
     width, rate = Width(15), Rate(0.9)
-    width.add(1, 1, 1.0)
+    told(width.add, 1, 1, 1.0)
     assert width.choose([rate], lambda tokens: False) == 0
     asked = []
     assert width.choose([rate], lambda tokens: asked.append(tokens) or tokens < 4) == 0 and asked[-1] == 16
