@@ -246,14 +246,11 @@ class Reply(Response):
     async def _stream(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        flow = self.flow
         async for text in self.answer.chunks(self.limits.quiet_seconds):
             try:
                 async with asyncio.timeout(self.limits.send_seconds):
                     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
             except TimeoutError:  # a client that does not read; it gets no proper end
                 return
-            rest = flow.rest(time.perf_counter())
-            if rest > 0:
-                await asyncio.sleep(rest)
+            await asyncio.sleep(self.flow.rest())
         await send({"type": "http.response.body", "body": b"", "more_body": False})
