@@ -52,7 +52,7 @@ class Row:
 def jobs(given: argparse.Namespace) -> tuple[Job, Job]:
     """The decoder's run and that of the model that drafts for it."""
     common = {
-        "data": Data(vocab=2048, limit_bytes=200_000, val_fraction=0.1),
+        "data": Data(vocab=2048, limit_bytes=80_000, val_fraction=0.3),
         "steps": given.steps,
         "batch": 8,
         "length": 256,
@@ -133,10 +133,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m jobs.speculation", description=__doc__.partition("\n")[0])
     parser.add_argument("--name", default="speculation", help="of the runs")
     parser.add_argument("--pattern", default="gqa(heads=12,kv_heads=4)", help="mixers of the decoder")
-    for name, default in (("steps", 300), ("tokens", 200), ("times", 5), ("threads", 2)):
+    for name, default in (("steps", 400), ("tokens", 200), ("times", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--dtype", default="fp32", help="of the served weights")
-    parser.add_argument("--weights", default="fp32", help="how linear weights are held: fp32, bf16, int8 or int4")
+    parser.add_argument("--dtype", default="bf16", help="of the served weights")
+    parser.add_argument("--weights", default="bf16", help="how linear weights are held: fp32, bf16, int8 or int4")
     table.record_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -24,6 +24,7 @@ LOOKING = 0.01  # of the time of plain decoding may go into drafts that are made
 _FADE = 0.9  # of what is known of calls with drafts, at each such look
 _FORGET = 0.1  # weight of a new guess that held or not
 _LATEST = 8  # measurements of which the least counts: no call is faster than it can be, and many are disturbed
+_RETHINK = 8  # calls without drafts, in which nothing new is learnt of them, until it is asked again whether they pay
 _PRIOR = 0.6  # of guesses of a drafter nothing is known about
 
 
@@ -147,7 +148,7 @@ class Width:
         """
         if not self.widths or not ready(1) or not self.plain(len(rates)):  # first, what there is to win over
             return 0
-        width = self._best(rates)
+        width = self._best(rates) if self._drafted or self._same % _RETHINK == 0 else 0
         self._same = self._same + 1 if bool(width) == self._drafted else 0
         self._drafted = bool(width)
         if self._same >= self._patience(len(rates), width):

@@ -52,6 +52,13 @@ struct Query {  // one head of one token
   float most, mass;
 };
 
+struct Scratch {  // of one thread, kept from one item to the next
+  std::vector<float> numbers;
+  std::vector<Query> queries;
+  std::vector<int64_t> at, next, others;
+  std::vector<uint8_t> sees;
+};
+
 // Sixteen keys and values (fp32 lines of K and V channels) meet a query; `mine`: those that it reads. CHANNELS: K and V
 // where they are the usual size and known to the compiler, else 0.
 template <int CHANNELS>
@@ -85,14 +92,13 @@ void meet(Query& query, const float* keys, const float* values, int64_t K, int64
   }
 }
 
-void attend(const Call& c, int64_t row, int64_t group, std::vector<float>& scratch, char* y, bool narrow) {
+void attend(const Call& c, int64_t row, int64_t group, Scratch& scratch, char* y, bool narrow) {
   const int64_t shared = c.heads / c.groups, K = (c.k.size + 15) / 16 * 16, V = (c.v.size + 15) / 16 * 16;
   const int64_t carried = c.length ? c.length[row] : 0;
-  scratch.assign(RUN * (K + V) + c.tokens * shared * (K + V), 0.f);
-  float *keys = scratch.data(), *values = keys + RUN * K, *queries = values + RUN * V;
-  std::vector<Query> state(c.tokens * shared);
-  std::vector<int64_t> at(c.tokens), column_of;
-  std::vector<uint8_t> sees;
+  auto& [numbers, state, at, next, others, sees] = scratch;
+  numbers.assign((RUN + c.tokens * shared) * (K + V), 0.f);
+  state.resize(c.tokens * shared), at.resize(c.tokens), next.clear(), others.clear();
+  float *keys = numbers.data(), *values = keys + RUN * K, *queries = values + RUN * V;
   for (int64_t t = 0; t < c.tokens; ++t) {
     at[t] = c.positions ? c.positions[row * c.tokens + t] : carried + t;
     for (int64_t h = 0; h < shared; ++h) {
@@ -147,8 +153,7 @@ void attend(const Call& c, int64_t row, int64_t group, std::vector<float>& scrat
   first = std::max<int64_t>(first, 0);
   int64_t begin = first / RUN * RUN;
   // New tokens of the carried document follow at once: their lanes are filled before a run is met.
-  std::vector<int64_t> next;  // columns of the carried document, which a tree has not in order of their index
-  std::vector<int64_t> others;
+  // `next` are columns of the carried document, which a tree has not in order of their index.
   for (int64_t t = 0; t < c.tokens; ++t) {
     if (segment(t) == 0 && !c.parents)
       next.push_back(t);
@@ -246,7 +251,7 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   char* out = static_cast<char*>(y.data_ptr());
   const bool narrow = y.scalar_type() == at::kBFloat16;
   at::parallel_for(0, q.size(0) * c.groups, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch;
+    Scratch scratch;
     for (int64_t item = begin; item < end; ++item) attend(c, item / c.groups, item % c.groups, scratch, out, narrow);
   });
   return y;

@@ -52,7 +52,7 @@ class Answer(ABC):
         except (ValueError, Busy, Failed) as error:
             metrics.refuse({Busy: "overloaded", Failed: "failed"}.get(type(error), "invalid"))
             raise self.refusal(error) from error
-        self.rows = len(requests)
+        self.rows = self.remaining = len(requests)
         self.prompt_tokens, self.cached_tokens = sum(map(len, prompts)), 0
         self.completion_tokens = 0
         self.watch = Watch(metrics, requests, self.prompt_tokens)
@@ -160,6 +160,7 @@ class Answer(ABC):
                         raise broken(event.error)
                     self.completion_tokens += event.token is not None
                     self.cached_tokens += event.cached
+                    self.remaining -= event.reason is not None
                     rows.setdefault(index, []).append(event)
                 self.watch.see(rows)
                 yield rows
@@ -204,19 +205,21 @@ class Answer(ABC):
             usage = f',"usage":{_write(self.usage())}' if each else ',"usage":null' if last else ""
             return "".join(f'{before},"choices":[{_write(choice)}]{usage}}}\n\n' for choice in choices)
 
+        def end() -> str:
+            usage = f'{before},"choices":[],"usage":{_write(self.usage())}}}\n\n' if last else ""
+            return f"{usage}data: [DONE]\n\n"
+
+        text = sse(self.opening)  # goes out with what comes first
         try:
-            if self.opening:
-                yield sse(self.opening)
             async for rows in self.batches(quiet_seconds):
-                text = "".join(sse(self.deltas(index, events)) for index, events in rows.items())
+                text += "".join(sse(self.deltas(index, events)) for index, events in rows.items())
+                if not self.remaining:
+                    text += end()
                 if text or not rows:
                     yield text or ": still here\n\n"
+                text = ""
         except APIError as error:  # too late for a status
-            yield f"data: {_write(error.json())}\n\n"
-            return
-        if last:
-            yield f'{before},"choices":[],"usage":{_write(self.usage())}}}\n\n'
-        yield "data: [DONE]\n\n"
+            yield f"{text}data: {_write(error.json())}\n\n"
 
 
 class Reply(Response):
@@ -252,5 +255,6 @@ class Reply(Response):
                     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
             except TimeoutError:  # a client that does not read; it gets no proper end
                 return
-            await asyncio.sleep(self.flow.rest())
+            if self.answer.remaining:
+                await asyncio.sleep(self.flow.rest())
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -9,7 +9,7 @@ import os
 import time
 
 WRITE_SECONDS = 0.0011  # of one write, in the gateway and in Ray's proxy: measured with 32 streams
-PART = 0.025 * (os.cpu_count() or 1)  # of a core that writing may take
+PART = 0.05 * (os.cpu_count() or 1)  # of a core that writing may take
 LONGEST = 0.1  # seconds that a token may wait
 
 
