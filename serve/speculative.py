@@ -107,19 +107,24 @@ class Speculation:
         self.drafts = self.drafted = self.accepted = 0
         self._rates: dict[int, Rate] = {}
         self._typical = Rate()
+        self._hoped = self._came = 0.0  # tokens of the last call with drafts
 
     def propose(self, sequences: Items[Sequence], room: Items[int], ready: Callable[[int], bool]) -> list[Draft | None]:
         """A draft, or none, for each sequence that lacks only its last token.
 
         room: steps each has left. ready: as of `Width.choose`.
         """
-        for sequence in sequences:
-            self._rates.setdefault(sequence.id, Rate(self._typical.value))
-        width = self.width.choose([self._rates[sequence.id] for sequence in sequences], ready)
+        if self._hoped:
+            self.width.came_true(self._came / self._hoped)
+        self._hoped = self._came = 0.0
+        rates = [self._rates.setdefault(sequence.id, Rate(self._typical.value)) for sequence in sequences]
+        width = self.width.choose(rates, ready)
         if not width:
             return [None] * len(sequences)
         begin = perf_counter()
         drafts = self.drafter.propose(sequences, width)
+        if any(drafts):
+            self._hoped = self.width.hopes(rates, width)
         if any(drafts) and not recording():
             self.width.drafting.add(len(sequences) * (1 + self.drafter.size(width)), perf_counter() - begin)
         return [draft and draft.cut(left) for draft, left in zip(drafts, room)]
@@ -129,6 +134,7 @@ class Speculation:
         steps = max(draft.depths())
         self._rates[sequence.id].add(len(path), steps)
         self._typical.add(len(path), steps)
+        self._came += len(path)
         self.drafts += 1
         self.drafted += len(draft.tokens)
         self.accepted += len(path)

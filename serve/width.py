@@ -1,9 +1,10 @@
 """How wide the next drafts are: as wide as pays, by what calls were measured to cost and how often drafts were right.
 
-    width = argmax_k  sum_rows E_r(k) / (t(rows (1 + k)) + d(k)),    E_r(k) = 1 + a_r + a_r^2 + .. + a_r^k
+    width = argmax_k  sum_rows (1 + h (E_r(k) - 1)) / (t(rows (1 + k)) + d(k)),    E_r(k) = 1 + a_r + a_r^2 + .. + a_r^k
 
 t is the time of a call by its number of columns, d that of drafting k tokens, a_r the rate at which single guesses of
-row r hold. Plain decoding, k = 0, is always among the choices, and a wider call must win by a margin.
+row r hold; h is what came of such hopes lately, for there are rows that nothing is drafted for. Plain decoding, k = 0,
+is always among the choices, and a wider call must win by a margin.
 
 What is not done is not measured: while drafts are made a plain call is made now and then. While none are, a small draft
 is, so seldom that little time goes into it (LOOKING), and what is known of other widths fades. Calls are as long as
@@ -133,6 +134,15 @@ class Width:
         self.plain, self.calls, self.drafting = Times(), Times(), Times()
         self._same = 0  # calls since it was last seen what the other way brings
         self._drafted = False
+        self._honesty = 1.0
+
+    def came_true(self, part: float) -> None:
+        """`part` of the tokens that were hoped for beyond one for each row came of a call with drafts."""
+        self._honesty += _FORGET * (min(part, 2.0) - self._honesty)
+
+    def hopes(self, rates: Items[Rate], width: int) -> float:
+        """Tokens that are expected of a call beyond one for each row, as if all rows had drafts."""
+        return sum(self.drafts.gain(rate, width) for rate in rates) - len(rates)
 
     def add(self, rows: int, tokens: int, seconds: float) -> None:
         """A call of `tokens` tokens for each of `rows` rows, one of them known, took so long."""
@@ -174,7 +184,7 @@ class Width:
         rows = len(rates)
         best, chosen = rows / self.plain(rows) * MARGIN, 0
         for width in self.widths:
-            speed = sum(self.drafts.gain(rate, width) for rate in rates) / self._seconds(rows, width)
+            speed = (rows + self._honesty * self.hopes(rates, width)) / self._seconds(rows, width)
             if speed > best:
                 best, chosen = speed, width
         return chosen

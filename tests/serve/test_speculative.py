@@ -254,3 +254,16 @@ def test_width_waits_for_calls_that_will_be_faster():
     assert width.choose([rate], lambda tokens: False) == 0
     asked = []
     assert width.choose([rate], lambda tokens: asked.append(tokens) or tokens < 4) == 0 and asked[-1] == 16
+
+
+def test_rows_that_nothing_is_drafted_for_are_not_hoped_for():
+    """A wide call of all rows pays while all have good drafts, and not once it is seen that one of eight has."""
+    width, rates = Width(3), [Rate(0.9)] * 8
+    told(width.add, 8, 1, 1.0)
+    for tokens in (2, 4):
+        told(width.add, 8, tokens, 1.5)
+    chosen = width.choose(rates)
+    assert chosen
+    for _ in range(30):
+        width.came_true(1 / 8)
+    assert not any(width.choose(rates) for _ in range(PROBE // 2))
