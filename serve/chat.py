@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -106,15 +107,25 @@ class Terminal:
         return line
 
     def _answer(self, line: str) -> None:
-        started, first, last = time.perf_counter(), 0.0, 0.0
+        started, first, last, stopped = time.perf_counter(), 0.0, 0.0, False
+
+        def stop(*_: object) -> None:
+            nonlocal stopped
+            stopped = True  # for an exception that arises within a destructor is lost
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGINT, stop)
         try:
             for piece in self.chat.answer(line):
+                if stopped:
+                    raise KeyboardInterrupt
                 last = time.perf_counter()
                 first = first or last
                 self.console.out(harmless(piece), end="", highlight=False)
         except KeyboardInterrupt:
             self.console.out(" [stopped]", end="", style="yellow", highlight=False)
         finally:
+            signal.signal(signal.SIGINT, before)
             self.console.print()
         tokens = self.chat.usage.get("completion_tokens", 0)
         if tokens and first:

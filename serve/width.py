@@ -31,9 +31,10 @@ _PRIOR = 0.6  # of guesses of a drafter nothing is known about
 
 class Times:
     """Seconds of a call by its size, the least of the latest; between measured sizes on a line, beyond them along the
-    last one. The first alone is none: it may have been disturbed, and what looks slow is not measured again soon."""
+    last one. sure: measurements of a size until it is known; the first may have been disturbed."""
 
-    def __init__(self) -> None:
+    def __init__(self, sure: int = 1) -> None:
+        self._sure = sure
         self._sizes: list[int] = []
         self._latest: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_LATEST))
         self._seconds: dict[int, float] = {}
@@ -41,7 +42,7 @@ class Times:
     def add(self, size: int, seconds: float) -> None:
         latest = self._latest[size]
         latest.append(seconds)
-        if size not in self._seconds and len(latest) > 1:
+        if size not in self._seconds and len(latest) >= self._sure:
             insort(self._sizes, size)
         if size in self._sizes:
             self._seconds[size] = min(latest)
@@ -131,7 +132,8 @@ class Width:
     def __init__(self, widest: int, drafts: Chains = _CHAINS) -> None:
         self.drafts = drafts
         self.widths = [width for width in range(1, widest + 1) if 1 + drafts.size(width) in LENGTHS]
-        self.plain, self.calls, self.drafting = Times(), Times(), Times()
+        # What looks slow is not chosen, and so not measured again soon.
+        self.plain, self.calls, self.drafting = Times(sure=2), Times(sure=2), Times(sure=2)
         self._same = 0  # calls since it was last seen what the other way brings
         self._drafted = False
         self._honesty = 1.0
