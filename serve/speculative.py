@@ -124,9 +124,10 @@ class Speculation:
         begin = perf_counter()
         drafts = self.drafter.propose(sequences, width)
         if any(drafts):
+            if not recording():
+                columns = len(sequences) * (1 + self.drafter.size(width))
+                self.width.drafting.add(columns, perf_counter() - begin)
             self._hoped = self.width.hopes(rates, width)
-        if any(drafts) and not recording():
-            self.width.drafting.add(len(sequences) * (1 + self.drafter.size(width)), perf_counter() - begin)
         return [draft and draft.cut(left) for draft, left in zip(drafts, room)]
 
     def learn(self, sequence: Sequence, draft: Draft, path: Items[int]) -> None:
