@@ -16,6 +16,7 @@ answer whole inputs, under /predict/NAME (`serve.http.predictions`). Further arg
     prefix_cache=true isolated=false beginnings of prompts are computed once; not shared among API keys
     preempt=recompute                or offload: what happens to a completion whose memory another one needs
     dtype= weights=                  fp32 or bf16; int8 or int4 besides
+    batch_invariant=false            the same bits whoever else is there and wherever a stream goes on; slow in company
     engine=edifice                   or vllm, for what it knows (`serve.vllm`)
 
 `models=` takes a JSON list of tables with these instead, `gateways=1` says how many processes answer HTTP, `loaded=0`
@@ -47,7 +48,7 @@ from serve.replicas.predictors import PredictReplica
 from serve.replicas.replica import Replica
 
 ENGINE = ("engine", "max_rows", "max_len", "memory_bytes", "chunk")  # what every engine takes
-OURS = ("dtype", "weights", "draft", "prefix_cache", "isolated", "preempt")  # and `serve.load.load` besides
+OURS = ("dtype", "weights", "draft", "prefix_cache", "isolated", "preempt", "batch_invariant")  # and ours
 
 
 class Options(BaseModel):
@@ -69,6 +70,7 @@ class Options(BaseModel):
     prefix_cache: bool = True
     isolated: bool = False
     preempt: Literal["recompute", "offload"] = "recompute"
+    batch_invariant: bool = False
     waiting: int = Field(256, ge=0)
     stall: float = Field(10, gt=0)
     cpus: float = Field(1, ge=0)

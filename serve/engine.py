@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from models.decoder import Decoder
 from serve.grammar import GrammarError, Grammars
 from serve.memory import StateMemory
-from serve.pace import Pace
+from serve.pace import LEAST, Pace
 from serve.prefix import PrefixCache
 from serve.prompt_logprobs import read_prompts
 from serve.prompts import Prompts
@@ -50,6 +50,9 @@ class Engine:
     page: tokens of a page, at least. ends: spellings of further end tokens. drafter: guesses tokens that calls then
     check. prefix_cache: what was computed of a prompt is found again by those that begin the same; isolated: of the
     same key only. preempt: what becomes of the state of a request that must wait: recompute, or offload to the host.
+    batch_invariant: the numbers of a request depend on itself alone, to the last bit, whoever else is there, however
+    often it is preempted, and when another engine on an equal machine goes on with it. A call then computes one
+    request, in runs that follow from its prompt, so many requests take as long as one after the other.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Engine:
         prefix_cache: bool = True,
         isolated: bool = False,
         preempt: str = "recompute",
+        batch_invariant: bool = False,
     ) -> None:
         if not isinstance(model, Decoder) or not model.causal:
             raise ValueError(
@@ -81,14 +85,17 @@ class Engine:
         self.device = model.embedding.weight.device
         if preempt not in ("recompute", "offload"):
             raise ValueError(f"preempt={preempt!r}: must be 'recompute' or 'offload'")
+        if batch_invariant and drafter is not None:
+            raise ValueError("batch_invariant: drafts are checked in calls that plain decoding does not make")
+        page = max(page, LEAST) if batch_invariant else page  # a call computes one page of a prompt
         spec = model.state_spec(max_len)
         self.memory = StateMemory(spec, max_rows, max_len, memory_bytes, page, self.device, sharing=prefix_cache)
         self.cache = PrefixCache(self.memory) if prefix_cache else None
-        self.pace = Pace(chunk)
+        self.pace, self.batch_invariant = Pace(chunk), batch_invariant
         self.call = Step(self.model, self.memory, trees=drafter is not None and drafter.trees)
         self.speculation = None if drafter is None else Speculation(drafter)
         self.scheduler = Scheduler(
-            self.memory, self.pace, self.cache, preempt == "offload", isolated, on_preempt=self._forget
+            self.memory, self.pace, self.cache, preempt == "offload", isolated, batch_invariant, self._forget
         )
         known = [] if tokenizer is None else [tokenizer.token_to_id(end) for end in (EOS, END, *ends)]
         self.ends = frozenset(token for token in known if token is not None)
@@ -184,7 +191,8 @@ class Engine:
         begun, drafts, computed = perf_counter(), self._drafts(work), 0
         while work:
             computed += sum(tokens for _, tokens in work)
-            for group in grouped([Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]):
+            parts = [Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]
+            for group in grouped(parts, alone=self.batch_invariant):
                 begin = perf_counter()
                 call = self.call(group)
                 events += self._finish(call)

@@ -295,8 +295,11 @@ class StateMemory:
 
     # -- state of a call -----------------------------------------------------------------------------------------
 
-    def take(self, rows: tuple[int, ...]) -> State:
-        """The state of distinct `rows`, in that order, for one call of the model."""
+    def take(self, rows: tuple[int, ...], tokens: int | None = None) -> State:
+        """The state of distinct `rows`, in that order, for one call of the model.
+
+        tokens: the most that one of them has after the call, which sees no more pages than those need; None: all.
+        """
         index_N = torch.tensor(rows)
         at_N = index_N.to(self.device)
         if rows in self._held:
@@ -305,7 +308,9 @@ class StateMemory:
             self._flush(set(rows))
             state = {name: pool[at_N] for name, pool in self._slots.items()}
         if self._pools:
-            width = max(2, max(len(self._owned[row]) for row in rows))  # one more where it is one: a ring has one
+            width = max(len(self._owned[row]) for row in rows)
+            width = min(width, width if tokens is None else self._needed(tokens))
+            width = max(2, width)  # one more where it is one: a ring has one
             table_BN = self._table[index_N, :width].to(self.device)
             state |= {name: Pages(pool, table_BN) for name, pool in self._pools.items()}
         return state | {name: Pages(pool, at_N[:, None] + 1) for name, pool in self._rings.items()}

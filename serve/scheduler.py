@@ -10,6 +10,9 @@ In the same order prompts get the tokens that a step has for them: a long one ho
 Whoever was passed by too often goes before all others, so nobody starves. When pages run out, the sequence of the worst
 priority that came last gives its memory back and waits, to compute its tokens again (what is still in the prefix cache
 is found there) or with its state kept outside. So does one whose row a sequence of better priority needs.
+
+Where nothing may depend on who else is there (`invariant`), what a call computes of a sequence follows from its prompt
+alone: whole pages, the rest of the prompt, then every generated token by itself, also when it is computed again.
 """
 
 from collections.abc import Callable, Iterable
@@ -78,7 +81,7 @@ class Scheduler:
     """cache: None for none. offload: state of a sequence that must wait is kept in host memory, not computed again.
 
     isolated: sequences of different keys share nothing in the cache, so that none can time what another has asked.
-    on_preempt: told of each sequence that gives its memory back.
+    invariant: the tokens of a call depend on no other sequence. on_preempt: told of each that gives its memory back.
     """
 
     def __init__(
@@ -88,10 +91,11 @@ class Scheduler:
         cache: PrefixCache | None = None,
         offload: bool = False,
         isolated: bool = False,
+        invariant: bool = False,
         on_preempt: Callable[[Sequence], None] = lambda sequence: None,
     ) -> None:
         self.memory, self.pace, self.cache = memory, pace, cache
-        self.offload, self.isolated, self.on_preempt = offload, isolated, on_preempt
+        self.offload, self.isolated, self.invariant, self.on_preempt = offload, isolated, invariant, on_preempt
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []  # in the order they started
         self.preemptions = 0
@@ -125,8 +129,13 @@ class Scheduler:
         self._served[sequence.key] += tokens
 
     def _remember(self, sequence: Sequence) -> None:
-        if sequence.trail is not None:
+        if sequence.trail is not None and sequence.computed <= self._shareable(sequence):
             self.cache.extend(sequence.trail, sequence.row, sequence.tokens, sequence.computed)
+
+    def _shareable(self, sequence: Sequence) -> int:
+        """The first so many of its tokens are computed in the same calls by all sequences that begin with them."""
+        page = self.memory.page
+        return sequence.prompt // page * page if self.invariant else len(sequence.tokens)
 
     def room(self, sequence: Sequence) -> int:
         """Tokens that may be computed of a sequence before a checkpoint is due; 0: any number."""
@@ -149,25 +158,31 @@ class Scheduler:
         return work + self._parts(sorted(self._prompts(), key=self._turn))
 
     def rest(self) -> Work:
-        """What the same step computes after that: of prompts that were cut where a checkpoint is taken, the rest."""
+        """What the same step computes after that: of prompts that were cut, more."""
         cut, self._cut = self._cut, []
         for sequence in cut:
             self._remember(sequence)
         return self._parts(cut)
 
     def _parts(self, sequences: Iterable[Sequence]) -> Work:
-        """Of each as many tokens as the step has left."""
+        """Of each as many tokens as the step has left, and as one call may compute."""
         work = []
         for sequence in sequences:
             tokens = min(sequence.missing, self._left)
-            room = self.room(sequence) or tokens
-            if room < tokens:
-                tokens = room
+            if tokens <= 0:
+                continue
+            most = self._run(sequence) if self.invariant else self.room(sequence) or tokens
+            if most < tokens:
                 self._cut.append(sequence)
-            if tokens:
-                work.append((sequence, tokens))
-                self._left -= tokens
+            tokens = most if self.invariant else min(tokens, most)
+            work.append((sequence, tokens))
+            self._left -= self.memory.page if self.invariant else tokens
         return work
+
+    def _run(self, sequence: Sequence) -> int:
+        """Tokens of the next call when they follow from the prompt alone. Few cost what a page of them does."""
+        rest = sequence.prompt - sequence.computed
+        return min(rest, self.memory.page - sequence.computed % self.memory.page) if rest > 0 else 1
 
     def _start(self, budget: int) -> None:
         """Rows for those whose turn it is, while those that run and go before them leave some of `budget`."""
@@ -199,7 +214,11 @@ class Scheduler:
     def _look_up(self, sequence: Sequence) -> Trail | None:
         if self.cache is None:
             return None
-        return self.cache.begin(sequence.tokens, self._salt(sequence), sequence.known)
+        return self.cache.begin(sequence.tokens, self._salt(sequence), self._findable(sequence))
+
+    def _findable(self, sequence: Sequence) -> int:
+        """So many of its tokens need not be computed, if the cache has them."""
+        return min(sequence.known, self._shareable(sequence))
 
     def _salt(self, sequence: Sequence) -> str:
         return sequence.key if self.isolated else ""
@@ -211,7 +230,7 @@ class Scheduler:
                 continue
             end = next((stop for stop in other.trail.stops if stop > max(trail.length, other.computed)), 0)
             end = end if self.memory.checkpoints else trail.length + self.cache.page
-            if 0 < end <= min(len(sequence.tokens) - 1, len(other.tokens), sequence.known):
+            if 0 < end <= min(len(sequence.tokens) - 1, self._findable(sequence), self._shareable(other)):
                 if other.tokens[end - 1] == sequence.tokens[end - 1] and other.tokens[:end] == sequence.tokens[:end]:
                     return True
         return False

@@ -122,7 +122,7 @@ class Step:
         tree = drafting and (self.trees or any(part.draft is not None and part.draft.branches for part in parts))
         if tree:
             keep, parents_BT = 0, torch.tensor([part.parents(width) for part in parts], device=self.device)
-        state = self.memory.take(rows)
+        state = self.memory.take(rows, max(part.sequence.computed + part.columns for part in parts))
         wanted = [(row, column) for row, part in enumerate(parts)
                   for column in range(lengths[row] - part.wanted, lengths[row])]  # fmt: skip
         played = self.replay(ids_BT, state, segments_BT, keep, parents_BT)
@@ -167,8 +167,13 @@ class Step:
         return self.model.head(x_BTD, at)[0][:, 0]
 
 
-def grouped(parts: Items[Part]) -> list[list[Part]]:
-    """One call each: the next tokens with their drafts together, the longer runs with others of similar length."""
+def grouped(parts: Items[Part], alone: bool = False) -> list[list[Part]]:
+    """One call each: the next tokens with their drafts together, the longer runs with others of similar length.
+
+    alone: every part by itself, so that its numbers come from calls of the same sizes whoever else is there.
+    """
+    if alone:
+        return [[part] for part in parts]
     groups = [[part for part in parts if part.tokens == 1]]
     total = 0
     for part in sorted((part for part in parts if part.tokens > 1), key=lambda part: -part.tokens):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,6 +107,12 @@ class Person:
         return self.read(until).removeprefix(line + "\n").removesuffix("\n> ")
 
     def interrupt(self) -> None:
+        """Ctrl-C once the program waits for something: between readline's prompt and its wait Python notices a signal
+        only with the next key."""
+        deadline = time.monotonic() + 30
+        while Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < deadline, "it never waits"
+            time.sleep(0.001)
         self.process.send_signal(signal.SIGINT)
 
 
