@@ -11,7 +11,7 @@ answer whole inputs, under /predict/NAME (`serve.http.predictions`). Further arg
     cpus=1 gpus=0 stall=10           of each; seconds of a step after which it is wedged and replaced
     max_rows=32 waiting=256          completions computed together, and waiting beside them
     max_len=2048 memory_bytes=       tokens of prompt and completion; bytes of state, all that rows could need
-    chunk=256                        prompt tokens of a step
+    chunk=2048                       prompt tokens of a step at most (`serve.pace` says how many)
     draft=off                        what guesses tokens: ngram, medusa, mtp, or a small model (`serve.drafters`)
     prefix_cache=true isolated=false beginnings of prompts are computed once; not shared among API keys
     preempt=recompute                or offload: what happens to a completion whose memory another one needs
@@ -65,7 +65,7 @@ class Options(BaseModel):
     max_rows: int = Field(32, ge=1)
     max_len: int = Field(2048, ge=1)
     memory_bytes: int | None = Field(None, ge=1)
-    chunk: int = Field(256, ge=1)
+    chunk: int = Field(2048, ge=1)
     draft: str = "off"
     prefix_cache: bool = True
     isolated: bool = False

@@ -46,10 +46,11 @@ class Engine:
 
     model: a causal decoder; it is put in eval mode. tokenizer: for text prompts and stop texts, text in events, the end
     tokens <|eos|> and <|end|>. max_rows, max_len: requests computed together, tokens of prompt and completion.
-    memory_bytes: of state, None for as much as max_rows rows of max_len tokens need. chunk: prompt tokens of a step.
-    page: tokens of a page, at least. ends: spellings of further end tokens. drafter: guesses tokens that calls then
-    check. prefix_cache: what was computed of a prompt is found again by those that begin the same; isolated: of the
-    same key only. preempt: what becomes of the state of a request that must wait: recompute, or offload to the host.
+    memory_bytes: of state, None for as much as max_rows rows of max_len tokens need. chunk, page: tokens of prompts in
+    a step at most, and of a page at least. ends: spellings of further end tokens. drafter: guesses tokens that calls
+    then check. prefix_cache: what was computed of a prompt is found again by those that begin the same; isolated: of
+    the same key only. preempt: what becomes of the state of a request that must wait: recompute, or offload to the
+    host.
     batch_invariant: the numbers of a request depend on itself alone, to the last bit, whoever else is there, however
     often it is preempted, and when another engine on an equal machine goes on with it. A call then computes one
     request, in runs that follow from its prompt, so many requests take as long as one after the other.
@@ -63,7 +64,7 @@ class Engine:
         max_rows: int = 32,
         max_len: int = 2048,
         memory_bytes: int | None = None,
-        chunk: int = 256,
+        chunk: int = 2048,
         page: int = 16,
         ends: Items[str] = (),
         drafter: Drafter | None = None,

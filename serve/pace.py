@@ -6,15 +6,17 @@ t is the measured time of a call that generates one token for each of so many ro
 measured lately, that of a call for n prompt tokens; usual the median time of steps. A step with prompt tokens in it
 then lasts at most SLACK times a step of all rows that are there or wait, so that the slowest gaps of a stream stay
 below twice the usual one. Where prompts never stop coming, steps with prompts become the usual ones, and grow until
-they keep up. With nothing generating a step takes all it may; and never so little that it does little else than read
-weights.
+they keep up. With nothing generating a step lasts as long as somebody who comes may wait for it; and it never takes so
+little that it does little else than read weights.
 """
 
 from serve.width import Times
 
 SLACK = 1.8
 MOST = 2.0  # times a step of all rows that the usual one may last
+LONGEST = 0.25  # seconds of a step in which nothing is generated
 LEAST = 64  # tokens
+FIRST = 256  # tokens of a step before it is known how long they take
 _FORGET = 0.1  # weight of a new measurement
 _MEDIAN = 0.005  # part by which the median moves at each step
 _SLOW = 4.0  # a call that takes so many times as long as expected was disturbed, and counts as no more
@@ -74,10 +76,12 @@ class Pace:
     def room(self, decoding: int, live: int) -> int:
         """Prompt tokens of the next step, in which `decoding` rows of `live` that are wanted generate."""
         self._share = decoding / max(live, 1)
-        if not decoding or not self._computing or not len(self._generating):
-            return self.chunk
+        if not self._computing or (decoding and not len(self._generating)):
+            return min(self.chunk, FIRST)
+        seconds = LONGEST
+        if decoding:
+            plain = self._generating(live)
+            self._usual = min(max(self._usual, plain), MOST * plain)
+            seconds = SLACK * self._usual - self._generating(decoding)
         a, b = self._computing.coefficients()
-        plain = self._generating(live)
-        self._usual = min(max(self._usual, plain), MOST * plain)
-        tokens = int((SLACK * self._usual - self._generating(decoding) - a) / b)
-        return min(self.chunk, max(LEAST, tokens))
+        return min(self.chunk, max(LEAST, int((seconds - a) / b)))

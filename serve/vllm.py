@@ -77,7 +77,7 @@ class VLLMEngine:
         max_rows: int = 32,
         max_len: int = 2048,
         memory_bytes: int | None = None,
-        chunk: int = 256,
+        chunk: int = 2048,
         ends: Sequence[int] = (),
         **options: Any,
     ) -> None:
