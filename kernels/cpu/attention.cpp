@@ -2,7 +2,8 @@
 //
 // Keys are taken in runs of 16 that begin at multiples of 16 of the index in the document, wherever they are stored and
 // whether they came with this call or earlier. So a token's result depends neither on the other rows nor on how many
-// tokens the call has, bit for bit. Softmax is the online one, in fp32.
+// tokens the call has, bit for bit. Softmax is the online one, in fp32. A thread meets a run with all its heads before
+// the next one, so that it reads pages in the order in which they lie.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -10,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -17,23 +19,25 @@
 namespace {
 
 constexpr int64_t RUN = 16;
+constexpr int64_t WIDTH = 32;  // channels that are met together: what is copied is padded to whole ones
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-// Rows of (rows, columns, groups, size) numbers, read as fp32; rows are batch rows, or pages.
+// Rows of (rows, columns, groups, size) numbers, rows being batch rows or pages. Steps are in bytes.
 struct Entries {
   const char* data = nullptr;
   int64_t row, column, group, size;
   bool narrow;
   Entries() = default;
   explicit Entries(const at::Tensor& x)
-      : data(static_cast<const char*>(x.data_ptr())), row(x.stride(0)), column(x.stride(1)), group(x.stride(2)),
-        size(x.size(3)), narrow(x.scalar_type() == at::kBFloat16) {}
-  void read(int64_t r, int64_t c, int64_t g, float* to) const {
-    const int64_t at = r * row + c * column + g * group;
+      : data(static_cast<const char*>(x.data_ptr())), row(x.stride(0) * x.element_size()),
+        column(x.stride(1) * x.element_size()), group(x.stride(2) * x.element_size()), size(x.size(3)),
+        narrow(x.scalar_type() == at::kBFloat16) {}
+  const char* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
+  void read(const char* from, float* to) const {
     if (narrow)
-      take(to, reinterpret_cast<const bfloat*>(data) + at, size);
+      take(to, reinterpret_cast<const bfloat*>(from), size);
     else
-      take(to, reinterpret_cast<const float*>(data) + at, size);
+      take(to, reinterpret_cast<const float*>(from), size);
   }
 };
 
@@ -44,69 +48,130 @@ struct Call {
   const float *slopes = nullptr, *sinks = nullptr;
   float scale, softcap;
   int64_t window;
+  bool narrow;  // all in bf16 and of whole widths: keys and values are met where they lie, else as padded fp32 copies
 };
 
-struct Query {  // one head of one token
-  float* q;     // scaled
-  float* sum;
+struct Query {          // one head of one token
+  const bfloat* given;  // in place, where all is narrow
+  float *q, *sum;       // sum: of weighted values, in the order of `channels`
   float most, mass;
 };
 
-struct Scratch {  // of one thread, kept from one item to the next
+struct Run {  // the keys and values of 16 indices: of lane n those of group g begin at k[n] + g * k_step[n]
+  int64_t begin;
+  uint32_t past = 0, fresh = 0;  // lanes; the others hold zeros
+  int64_t column[RUN] = {};      // of the call, in fresh lanes
+  const char *k[RUN], *v[RUN];
+  int64_t k_step[RUN] = {}, v_step[RUN] = {};
+};
+
+struct Scratch {  // of one thread, kept from one call to the next
   std::vector<float> numbers;
   std::vector<Query> queries;
   std::vector<int64_t> at, next, others;
   std::vector<uint8_t> sees;
 };
 
-// Sixteen keys and values (fp32 lines of K and V channels) meet a query; `mine`: those that it reads. CHANNELS: K and V
-// where they are the usual size and known to the compiler, else 0.
-template <int CHANNELS>
-void meet(Query& query, const float* keys, const float* values, int64_t K, int64_t V, v16 bias, float softcap,
-          uint32_t mine) {
-  if constexpr (CHANNELS > 0) K = V = CHANNELS;
+// 32 channels as two vectors, of bf16 the even and the odd ones, which takes no shuffling.
+inline void channels(const float* from, v16& one, v16& two) { one = load(from), two = load(from + 16); }
+inline void channels(const bfloat* from, v16& one, v16& two) {
+  const u16 both = load(reinterpret_cast<const uint32_t*>(from));
+  one = as_float(both << 16), two = as_float(both & 0xffff0000u);
+}
+
+template <int CHANNELS, typename Number>
+inline v16 scores(const Query& query, const Number* const keys[RUN], int64_t K) {
+  if constexpr (CHANNELS > 0) K = CHANNELS;
   v16 part[RUN];
   for (int n = 0; n < RUN; ++n) {
     v16 sum = {};
+#if defined(__AVX512BF16__)
+    if constexpr (std::is_same_v<Number, bfloat>) {
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < K; i += 16) sum += load(query.q + i) * load(keys + n * K + i);
+      for (int64_t i = 0; i < K; i += WIDTH)
+        sum = (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(query.given + i),
+                                    (__m512bh)_mm512_loadu_si512(keys[n] + i));
+      part[n] = sum;
+      continue;
+    }
+#endif
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < K; i += 16) sum += load(query.q + i) * load(keys[n] + i);
     part[n] = sum;
   }
-  v16 score = totals(part);
-  if (softcap > 0)
-    for (int n = 0; n < RUN; ++n) score[n] = softcap * std::tanh(score[n] / softcap);
+  return totals(part);
+}
+
+// The keys and values of a run meet QUERIES heads of a token; `mine`: those that it reads. CHANNELS: K and V where they
+// are the usual size and known to the compiler, else 0.
+template <int QUERIES, int CHANNELS, typename Number>
+void meet(Query* queries, const Number* const keys[RUN], const Number* const values[RUN], int64_t K, int64_t V,
+          const v16 bias[QUERIES], float scale, float softcap, uint32_t mine) {
+  if constexpr (CHANNELS > 0) K = V = CHANNELS;
   const i16 bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-  score = (bits & static_cast<int32_t>(mine)) != 0 ? score + bias : all(NEVER);
-  const float most = std::max(query.most, largest(score));
-  const v16 weight = exponential(score - most);
-  const float keep = query.most == most ? 1.f : query.most == NEVER ? 0.f : exponential(all(query.most - most))[0];
-  query.most = most, query.mass = query.mass * keep + total(weight);
-  alignas(64) float weights[RUN];
-  store(weights, weight);
+  alignas(64) float weights[QUERIES][RUN];
+  float keep[QUERIES];
+  for (int h = 0; h < QUERIES; ++h) {
+    Query& query = queries[h];
+    v16 score = scores<CHANNELS>(query, keys, K) * scale;
+    if (softcap > 0)
+      for (int n = 0; n < RUN; ++n) score[n] = softcap * std::tanh(score[n] / softcap);
+    score = (bits & static_cast<int32_t>(mine)) != 0 ? score + bias[h] : all(NEVER);
+    const float most = std::max(query.most, largest(score));
+    const v16 weight = exponential(score - most);
+    keep[h] = query.most == most ? 1.f : query.most == NEVER ? 0.f : exponential(all(query.most - most))[0];
+    query.most = most, query.mass = query.mass * keep[h] + total(weight);
+    store(weights[h], weight);
+  }
 #pragma GCC unroll 4
-  for (int64_t i = 0; i < V; i += 16) {
-    v16 sum = load(query.sum + i) * keep;
+  for (int64_t i = 0; i < V; i += WIDTH) {
+    v16 sum[QUERIES][2];
+    for (int h = 0; h < QUERIES; ++h)
+      for (int half = 0; half < 2; ++half) sum[h][half] = load(queries[h].sum + i + half * 16) * keep[h];
 #pragma GCC unroll 16
-    for (int n = 0; n < RUN; ++n) sum += weights[n] * load(values + n * V + i);
-    store(query.sum + i, sum);
+    for (int n = 0; n < RUN; ++n) {
+      v16 one, two;
+      channels(values[n] + i, one, two);
+      for (int h = 0; h < QUERIES; ++h) sum[h][0] += weights[h][n] * one, sum[h][1] += weights[h][n] * two;
+    }
+    for (int h = 0; h < QUERIES; ++h)
+      for (int half = 0; half < 2; ++half) store(queries[h].sum + i + half * 16, sum[h][half]);
   }
 }
 
-void attend(const Call& c, int64_t row, int64_t group, Scratch& scratch, char* y, bool narrow) {
-  const int64_t shared = c.heads / c.groups, K = (c.k.size + 15) / 16 * 16, V = (c.v.size + 15) / 16 * 16;
+template <int QUERIES, typename Number, typename... Rest>
+void meet_sized(Query* queries, const Number* const keys[RUN], const Number* const values[RUN], int64_t K, int64_t V,
+                Rest... rest) {
+  if (K == 64 && V == 64)
+    meet<QUERIES, 64>(queries, keys, values, K, V, rest...);
+  else if (K == 128 && V == 128)
+    meet<QUERIES, 128>(queries, keys, values, K, V, rest...);
+  else
+    meet<QUERIES, 0>(queries, keys, values, K, V, rest...);
+}
+
+int64_t padded(int64_t size) { return (size + WIDTH - 1) / WIDTH * WIDTH; }
+
+// Groups `from` to `to` of a row. Number: that keys and values are met in.
+template <typename Number>
+void attend(const Call& c, int64_t row, int64_t from, int64_t to, Scratch& scratch, char* y) {
+  const int64_t shared = c.heads / c.groups, mine = (to - from) * shared, K = padded(c.k.size), V = padded(c.v.size);
   const int64_t carried = c.length ? c.length[row] : 0;
   auto& [numbers, state, at, next, others, sees] = scratch;
-  numbers.assign((RUN + c.tokens * shared) * (K + V), 0.f);
-  state.resize(c.tokens * shared), at.resize(c.tokens), next.clear(), others.clear();
-  float *keys = numbers.data(), *values = keys + RUN * K, *queries = values + RUN * V;
+  numbers.assign(K + V + RUN * (K + V) + c.tokens * mine * (K + V), 0.f);
+  state.resize(c.tokens * mine), at.resize(c.tokens), next.clear(), others.clear();
+  const char* zeros = reinterpret_cast<const char*>(numbers.data());
+  float *copies = numbers.data() + K + V, *queries = copies + RUN * (K + V);
   for (int64_t t = 0; t < c.tokens; ++t) {
     at[t] = c.positions ? c.positions[row * c.tokens + t] : carried + t;
-    for (int64_t h = 0; h < shared; ++h) {
-      Query& query = state[t * shared + h];
-      query.q = queries + (t * shared + h) * (K + V), query.sum = query.q + K;
-      c.q.read(row, t, group * shared + h, query.q);
-      for (int64_t i = 0; i < K; ++i) query.q[i] *= c.scale;
-      query.most = c.sinks ? c.sinks[group * shared + h] : NEVER;
+    for (int64_t h = 0; h < mine; ++h) {
+      Query& query = state[t * mine + h];
+      const int64_t head = from * shared + h;
+      const char* given = c.q.at(row, t) + head * c.q.group;
+      query.given = reinterpret_cast<const bfloat*>(given);
+      query.q = queries + (t * mine + h) * (K + V), query.sum = query.q + K;
+      c.q.read(given, query.q);
+      query.most = c.sinks ? c.sinks[head] : NEVER;
       query.mass = c.sinks ? 1.f : 0.f;
     }
   }
@@ -117,104 +182,116 @@ void attend(const Call& c, int64_t row, int64_t group, Scratch& scratch, char* y
   }
   auto segment = [&](int64_t t) { return c.segments ? c.segments[row * c.tokens + t] : 0; };
 
-  // What is in the scratch now: `lanes` bits of past entries from index `begin` on, or one column in each lane.
-  auto run = [&](int64_t begin, const int64_t* columns, uint32_t lanes) {
-    for (int64_t t = 0; t < c.tokens; ++t) {
-      if (segment(t) < 0 || (!columns && segment(t) != 0)) continue;
-      uint32_t mine = columns || c.window ? 0 : lanes;
-      for (int n = 0; n < RUN && (columns || c.window); ++n) {
-        if (!(lanes >> n & 1) || (c.window && begin + n <= at[t] - c.window)) continue;
-        if (columns) {
-          const int64_t j = columns[n];
-          if (segment(j) != segment(t) || j > t || (c.parents && !sees[t * c.tokens + j])) continue;
-        }
-        mine |= 1u << n;
+  // Lanes that a token reads. What is past belongs to the document of segment 0.
+  auto lanes = [&](const Run& run, int64_t t) {
+    uint32_t found = segment(t) == 0 ? run.past : 0;
+    for (int n = 0; n < RUN && run.fresh; ++n) {
+      const int64_t j = run.column[n];
+      if (run.fresh >> n & 1 && segment(j) == segment(t) && j <= t && (!c.parents || sees[t * c.tokens + j]))
+        found |= 1u << n;
+    }
+    for (int n = 0; n < RUN && c.window; ++n)
+      if (run.begin + n <= at[t] - c.window) found &= ~(1u << n);
+    return found;
+  };
+  auto met = [&](const Run& run) {
+    const Number *keys[RUN], *values[RUN];
+    for (int64_t g = from; g < to; ++g) {
+      for (int n = 0; n < RUN; ++n) {
+        keys[n] = reinterpret_cast<const Number*>(run.k[n] + g * run.k_step[n]);
+        values[n] = reinterpret_cast<const Number*>(run.v[n] + g * run.v_step[n]);
       }
-      if (!mine) continue;
-      for (int64_t h = 0; h < shared; ++h) {
-        v16 bias = {};
-        if (c.slopes)
-          for (int n = 0; n < RUN; ++n)
-            bias[n] = -c.slopes[group * shared + h] * static_cast<float>(std::abs(at[t] - begin - n));
-        Query& query = state[t * shared + h];
-        if (K == 64 && V == 64)
-          meet<64>(query, keys, values, K, V, bias, c.softcap, mine);
-        else if (K == 128 && V == 128)
-          meet<128>(query, keys, values, K, V, bias, c.softcap, mine);
-        else
-          meet<0>(query, keys, values, K, V, bias, c.softcap, mine);
+      if constexpr (!std::is_same_v<Number, bfloat>)
+        for (int n = 0; n < RUN; ++n) {
+          const bool past = run.past >> n & 1;
+          float *k = copies + n * K, *v = copies + RUN * K + n * V;
+          (past ? c.past_k : c.k).read(reinterpret_cast<const char*>(keys[n]), k);
+          (past ? c.past_v : c.v).read(reinterpret_cast<const char*>(values[n]), v);
+          keys[n] = k, values[n] = v;
+        }
+      for (int64_t t = 0; t < c.tokens; ++t) {
+        const uint32_t found = lanes(run, t);
+        if (!found) continue;
+        for (int64_t h = 0; h < shared; h += 2) {
+          v16 bias[2] = {};
+          for (int64_t one = h; one < std::min(h + 2, shared) && c.slopes; ++one)
+            for (int n = 0; n < RUN; ++n)
+              bias[one - h][n] = -c.slopes[g * shared + one] * static_cast<float>(std::abs(at[t] - run.begin - n));
+          Query* both = &state[t * mine + (g - from) * shared + h];
+          if (h + 1 < shared)
+            meet_sized<2>(both, keys, values, K, V, bias, c.scale, c.softcap, found);
+          else
+            meet_sized<1>(both, keys, values, K, V, bias, c.scale, c.softcap, found);
+        }
       }
     }
   };
+  auto begun = [&](int64_t begin) {
+    Run run{begin};
+    for (int n = 0; n < RUN; ++n) run.k[n] = run.v[n] = zeros;
+    return run;
+  };
+  auto put_fresh = [&](Run& run, int n, int64_t column) {
+    run.column[n] = column, run.fresh |= 1u << n;
+    run.k[n] = c.k.at(row, column), run.k_step[n] = c.k.group;
+    run.v[n] = c.v.at(row, column), run.v_step[n] = c.v.group;
+  };
 
-  // The past, from the first index that any token of the carried document reads.
-  int64_t first = std::max<int64_t>(0, carried - c.capacity);
-  if (c.window) first = std::max(first, carried - c.window + 1);
-  first = std::max<int64_t>(first, 0);
-  int64_t begin = first / RUN * RUN;
-  // New tokens of the carried document follow at once: their lanes are filled before a run is met.
-  // `next` are columns of the carried document, which a tree has not in order of their index.
+  // The past, from the first index that any token of the carried document reads. Its new tokens follow at once: their
+  // lanes are filled before a run is met, but those of a tree, which are not in order of their index.
   for (int64_t t = 0; t < c.tokens; ++t) {
     if (segment(t) == 0 && !c.parents)
       next.push_back(t);
     else if (segment(t) >= 0)
       others.push_back(t);
   }
+  int64_t first = std::max<int64_t>(0, carried - c.capacity);
+  if (c.window) first = std::max(first, carried - c.window + 1);
   const int64_t end = carried + static_cast<int64_t>(next.size());
-  for (; begin < end; begin += RUN) {
-    uint32_t past = 0, fresh = 0;
-    int64_t columns[RUN] = {};
-    int64_t slot = begin % std::max<int64_t>(c.capacity, 1);
+  for (int64_t begin = first / RUN * RUN; begin < end; begin += RUN) {
+    Run run = begun(begin);
+    const int64_t slot = begin % std::max<int64_t>(c.capacity, 1);
     int64_t page = slot / c.page, offset = slot % c.page;
     for (int n = 0; n < RUN; ++n) {
       const int64_t index = begin + n;
       if (index >= first && index < carried && c.capacity) {
         const int64_t where = c.table ? c.table[row * c.pages + page] : row;
-        c.past_k.read(where, offset, group, keys + n * K);
-        c.past_v.read(where, offset, group, values + n * V);
-        past |= 1u << n;
+        run.past |= 1u << n;
+        run.k[n] = c.past_k.at(where, offset), run.k_step[n] = c.past_k.group;
+        run.v[n] = c.past_v.at(where, offset), run.v_step[n] = c.past_v.group;
       } else if (index >= carried && index < end) {
-        columns[n] = next[index - carried];
-        c.k.read(row, columns[n], group, keys + n * K);
-        c.v.read(row, columns[n], group, values + n * V);
-        fresh |= 1u << n;
-      } else {
-        std::fill(keys + n * K, keys + (n + 1) * K, 0.f);
-        std::fill(values + n * V, values + (n + 1) * V, 0.f);
+        put_fresh(run, n, next[index - carried]);
       }
       if (++offset == c.page) offset = 0, page = page + 1 == c.pages ? 0 : page + 1;
     }
-    if (!fresh) {
-      run(begin, nullptr, past);
-      continue;
-    }
-    // A run that both fill is met once, so that its sums do not tell where the call began: past lanes read as columns
-    // that every later token of the document sees.
-    for (int n = 0; n < RUN; ++n)
-      if (past >> n & 1) columns[n] = next[0];
-    run(begin, columns, past | fresh);
+    met(run);
   }
   // Documents that begin in this call, and trees: columns as they come, in runs of one index each.
   for (int64_t j : others) {
     const int64_t lane = at[j] % RUN;
-    int64_t columns[RUN] = {};
-    std::fill(keys, keys + RUN * K, 0.f), std::fill(values, values + RUN * V, 0.f);
-    c.k.read(row, j, group, keys + lane * K);
-    c.v.read(row, j, group, values + lane * V);
-    columns[lane] = j;
-    run(at[j] - lane, columns, 1u << lane);
+    Run run = begun(at[j] - lane);
+    put_fresh(run, lane, j);
+    met(run);
   }
 
   for (int64_t t = 0; t < c.tokens; ++t)
-    for (int64_t h = 0; h < shared; ++h) {
-      Query& query = state[t * shared + h];
+    for (int64_t h = 0; h < mine; ++h) {
+      Query& query = state[t * mine + h];
       const float inverse = segment(t) < 0 || query.mass == 0 ? 0.f : 1 / query.mass;
-      for (int64_t i = 0; i < V; i += 16) store(query.sum + i, load(query.sum + i) * inverse);
-      const int64_t to = ((row * c.tokens + t) * c.heads + group * shared + h) * c.v.size;
-      if (narrow)
-        put(reinterpret_cast<bfloat*>(y) + to, query.sum, c.v.size);
-      else
-        put(reinterpret_cast<float*>(y) + to, query.sum, c.v.size);
+      const int64_t out = ((row * c.tokens + t) * c.heads + from * shared + h) * c.v.size;
+      for (int64_t i = 0; i < V; i += WIDTH) {
+        const v16 one = load(query.sum + i) * inverse, two = load(query.sum + i + 16) * inverse;
+        if constexpr (std::is_same_v<Number, bfloat>)
+          store_pairs(reinterpret_cast<bfloat*>(y) + out + i, one, two);
+        else
+          store(query.sum + i, one), store(query.sum + i + 16, two);
+      }
+      if constexpr (!std::is_same_v<Number, bfloat>) {
+        if (c.q.narrow)
+          put(reinterpret_cast<bfloat*>(y) + out, query.sum, c.v.size);
+        else
+          put(reinterpret_cast<float*>(y) + out, query.sum, c.v.size);
+      }
     }
 }
 
@@ -248,11 +325,16 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   if (slopes) own_slopes = slopes->to(at::kFloat).contiguous(), c.slopes = own_slopes.data_ptr<float>();
   if (sinks) own_sinks = sinks->to(at::kFloat).contiguous(), c.sinks = own_sinks.data_ptr<float>();
   c.scale = static_cast<float>(scale), c.softcap = static_cast<float>(softcap), c.window = window;
+  const bool past = !past_k || (c.past_k.narrow && c.past_v.narrow);
+  c.narrow = c.q.narrow && c.k.narrow && c.v.narrow && past && c.k.size % WIDTH == 0 && c.v.size % WIDTH == 0;
   char* out = static_cast<char*>(y.data_ptr());
-  const bool narrow = y.scalar_type() == at::kBFloat16;
   at::parallel_for(0, q.size(0) * c.groups, 1, [&](int64_t begin, int64_t end) {
-    Scratch scratch;
-    for (int64_t item = begin; item < end; ++item) attend(c, item / c.groups, item % c.groups, scratch, out, narrow);
+    static thread_local Scratch scratch;
+    while (begin < end) {
+      const int64_t row = begin / c.groups, from = begin % c.groups, to = std::min(c.groups, from + end - begin);
+      c.narrow ? attend<bfloat>(c, row, from, to, scratch, out) : attend<float>(c, row, from, to, scratch, out);
+      begin += to - from;
+    }
   });
   return y;
 }

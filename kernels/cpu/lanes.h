@@ -68,14 +68,19 @@ inline bfloat narrowed(float x) {
 }
 
 inline v16 load(const bfloat* from) { return widened(reinterpret_cast<const uint16_t*>(from)); }
+// The upper halves of rounded numbers, in the low bits.
+inline u16 rounded(v16 value) {
+  const u16 bits = (u16)value, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 64 : nearest;  // NaN stays NaN
+}
 inline void store(bfloat* to, v16 value) {
   typedef uint16_t h16 __attribute__((vector_size(32)));
-  u16 bits = (u16)value;
-  u16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  u16 nan = (bits >> 16) | 64;
-  rounded = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
-  h16 narrow = __builtin_convertvector(rounded, h16);
+  const h16 narrow = __builtin_convertvector(rounded(value), h16);
   std::memcpy(to, &narrow, 32);
+}
+inline void store_pairs(bfloat* to, v16 even, v16 odd) {
+  const u16 both = rounded(even) | rounded(odd) << 16;
+  std::memcpy(to, &both, 64);
 }
 
 inline void put(float* to, const float* from, int64_t count) { std::memcpy(to, from, count * 4); }
