@@ -25,13 +25,13 @@ constexpr float NEVER = -std::numeric_limits<float>::infinity();
 // Rows of (rows, columns, groups, size) numbers, rows being batch rows or pages. Steps are in bytes.
 struct Entries {
   const char* data = nullptr;
-  int64_t row, column, group, size;
+  int64_t row, column, group, size, bytes;  // bytes: of a line of `size` numbers
   bool narrow;
   Entries() = default;
   explicit Entries(const at::Tensor& x)
       : data(static_cast<const char*>(x.data_ptr())), row(x.stride(0) * x.element_size()),
         column(x.stride(1) * x.element_size()), group(x.stride(2) * x.element_size()), size(x.size(3)),
-        narrow(x.scalar_type() == at::kBFloat16) {}
+        bytes(size * x.element_size()), narrow(x.scalar_type() == at::kBFloat16) {}
   const char* at(int64_t r, int64_t c) const { return data + r * row + c * column; }
   void read(const char* from, float* to) const {
     if (narrow)
@@ -43,7 +43,7 @@ struct Entries {
 
 struct Call {
   Entries q, k, v, past_k, past_v;
-  int64_t tokens, heads, groups, page, pages, capacity;
+  int64_t rows, tokens, heads, groups, page, pages, capacity;
   const int64_t *length = nullptr, *positions = nullptr, *segments = nullptr, *table = nullptr, *parents = nullptr;
   const float *slopes = nullptr, *sinks = nullptr;
   float scale, softcap;
@@ -63,6 +63,7 @@ struct Run {  // the keys and values of 16 indices: of lane n those of group g b
   int64_t column[RUN] = {};      // of the call, in fresh lanes
   const char *k[RUN], *v[RUN];
   int64_t k_step[RUN] = {}, v_step[RUN] = {};
+  Run(int64_t begin, const char* zeros) : begin(begin) { std::fill(k, k + RUN, zeros), std::fill(v, v + RUN, zeros); }
 };
 
 struct Scratch {  // of one thread, kept from one call to the next
@@ -150,6 +151,40 @@ void meet_sized(Query* queries, const Number* const keys[RUN], const Number* con
     meet<QUERIES, 0>(queries, keys, values, K, V, rest...);
 }
 
+// First index of a row's past that a new token may read.
+int64_t oldest(const Call& c, int64_t row) {
+  const int64_t carried = c.length ? c.length[row] : 0, kept = std::max<int64_t>(0, carried - c.capacity);
+  return c.window ? std::max(kept, carried - c.window + 1) : kept;
+}
+
+// The past in the run from `begin` on. zeros: a line for lanes in which there is nothing yet.
+Run remembered(const Call& c, int64_t row, int64_t begin, const char* zeros) {
+  Run run(begin, zeros);
+  const int64_t first = oldest(c, row), carried = c.length && c.capacity ? c.length[row] : 0;
+  const int64_t slot = begin % std::max<int64_t>(c.capacity, 1);
+  int64_t page = slot / c.page, offset = slot % c.page;
+  for (int n = 0; n < RUN && begin + n < carried; ++n) {
+    if (begin + n >= first) {
+      const int64_t where = c.table ? c.table[row * c.pages + page] : row;
+      run.past |= 1u << n;
+      run.k[n] = c.past_k.at(where, offset), run.k_step[n] = c.past_k.group;
+      run.v[n] = c.past_v.at(where, offset), run.v_step[n] = c.past_v.group;
+    }
+    if (++offset == c.page) offset = 0, page = page + 1 == c.pages ? 0 : page + 1;
+  }
+  return run;
+}
+
+// Pages lie anywhere: what is read next is asked for while this run is met, or memory answers late.
+void ask_for(const Call& c, const Run& run, int64_t g) {
+  for (int n = 0; n < RUN; ++n) {
+    if (!(run.past >> n & 1)) continue;
+    const char *k = run.k[n] + g * run.k_step[n], *v = run.v[n] + g * run.v_step[n];
+    for (int64_t at = 0; at < c.past_k.bytes; at += 64) __builtin_prefetch(k + at, 0, 2);
+    for (int64_t at = 0; at < c.past_v.bytes; at += 64) __builtin_prefetch(v + at, 0, 2);
+  }
+}
+
 int64_t padded(int64_t size) { return (size + WIDTH - 1) / WIDTH * WIDTH; }
 
 // Groups `from` to `to` of a row. Number: that keys and values are met in.
@@ -194,13 +229,14 @@ void attend(const Call& c, int64_t row, int64_t from, int64_t to, Scratch& scrat
       if (run.begin + n <= at[t] - c.window) found &= ~(1u << n);
     return found;
   };
-  auto met = [&](const Run& run) {
+  auto met = [&](const Run& run, const Run& coming) {
     const Number *keys[RUN], *values[RUN];
     for (int64_t g = from; g < to; ++g) {
       for (int n = 0; n < RUN; ++n) {
         keys[n] = reinterpret_cast<const Number*>(run.k[n] + g * run.k_step[n]);
         values[n] = reinterpret_cast<const Number*>(run.v[n] + g * run.v_step[n]);
       }
+      ask_for(c, coming, g);
       if constexpr (!std::is_same_v<Number, bfloat>)
         for (int n = 0; n < RUN; ++n) {
           const bool past = run.past >> n & 1;
@@ -226,11 +262,6 @@ void attend(const Call& c, int64_t row, int64_t from, int64_t to, Scratch& scrat
       }
     }
   };
-  auto begun = [&](int64_t begin) {
-    Run run{begin};
-    for (int n = 0; n < RUN; ++n) run.k[n] = run.v[n] = zeros;
-    return run;
-  };
   auto put_fresh = [&](Run& run, int n, int64_t column) {
     run.column[n] = column, run.fresh |= 1u << n;
     run.k[n] = c.k.at(row, column), run.k_step[n] = c.k.group;
@@ -245,33 +276,24 @@ void attend(const Call& c, int64_t row, int64_t from, int64_t to, Scratch& scrat
     else if (segment(t) >= 0)
       others.push_back(t);
   }
-  int64_t first = std::max<int64_t>(0, carried - c.capacity);
-  if (c.window) first = std::max(first, carried - c.window + 1);
   const int64_t end = carried + static_cast<int64_t>(next.size());
-  for (int64_t begin = first / RUN * RUN; begin < end; begin += RUN) {
-    Run run = begun(begin);
-    const int64_t slot = begin % std::max<int64_t>(c.capacity, 1);
-    int64_t page = slot / c.page, offset = slot % c.page;
-    for (int n = 0; n < RUN; ++n) {
-      const int64_t index = begin + n;
-      if (index >= first && index < carried && c.capacity) {
-        const int64_t where = c.table ? c.table[row * c.pages + page] : row;
-        run.past |= 1u << n;
-        run.k[n] = c.past_k.at(where, offset), run.k_step[n] = c.past_k.group;
-        run.v[n] = c.past_v.at(where, offset), run.v_step[n] = c.past_v.group;
-      } else if (index >= carried && index < end) {
-        put_fresh(run, n, next[index - carried]);
-      }
-      if (++offset == c.page) offset = 0, page = page + 1 == c.pages ? 0 : page + 1;
-    }
-    met(run);
+  auto beginning = [&](int64_t of) { return remembered(c, of, oldest(c, of) / RUN * RUN, zeros); };
+  Run coming = beginning(row);
+  while (coming.begin < end) {
+    Run run = coming;
+    const int64_t begin = run.begin, after = begin + RUN;
+    for (int64_t index = std::max(begin, carried); index < std::min(after, end); ++index)
+      put_fresh(run, index - begin, next[index - carried]);
+    coming = remembered(c, row, after, zeros);
+    const bool last = after >= end && row + 1 < c.rows;  // then the next row is what comes
+    met(run, last ? beginning(row + 1) : coming);
   }
   // Documents that begin in this call, and trees: columns as they come, in runs of one index each.
   for (int64_t j : others) {
     const int64_t lane = at[j] % RUN;
-    Run run = begun(at[j] - lane);
+    Run run(at[j] - lane, zeros);
     put_fresh(run, lane, j);
-    met(run);
+    met(run, Run(run.begin, zeros));
   }
 
   for (int64_t t = 0; t < c.tokens; ++t)
@@ -314,7 +336,7 @@ at::Tensor attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor&
   at::Tensor kept[5], old_k, old_v, own_slopes, own_sinks;
   Call c{};
   c.q = Entries(own_q), c.k = Entries(own_k), c.v = Entries(own_v);
-  c.tokens = q.size(1), c.heads = q.size(2), c.groups = k.size(2), c.page = c.pages = 1;
+  c.rows = q.size(0), c.tokens = q.size(1), c.heads = q.size(2), c.groups = k.size(2), c.page = c.pages = 1;
   if (past_k) {
     old_k = lined(*past_k), old_v = lined(*past_v);
     c.past_k = Entries(old_k), c.past_v = Entries(old_v);
