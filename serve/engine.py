@@ -189,15 +189,16 @@ class Engine:
         events, self._pending = self._pending, []
         work = self.scheduler.plan()
         self._steps += bool(work)
-        begun, drafts, computed = perf_counter(), self._drafts(work), 0
+        begun = begin = perf_counter()
+        drafts, computed = self._drafts(work), 0
         while work:
             computed += sum(tokens for _, tokens in work)
             parts = [Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]
             for group in grouped(parts, alone=self.batch_invariant):
-                begin = perf_counter()
                 call = self.call(group)
                 events += self._finish(call)
-                self._timed(call, perf_counter() - begin)
+                begin, since = perf_counter(), begin
+                self._timed(call, begin - since)
             work, drafts = self.scheduler.rest(), {}
         if computed:
             self._timing.add("step", computed)
@@ -212,7 +213,7 @@ class Engine:
         else:
             self.pace.generated(len(parts), seconds)
             if self.speculation is not None and call.usual:
-                self.speculation.width.add(len(parts), call.x_BTD.shape[1], seconds)
+                self.speculation.timed(len(parts), call.x_BTD.shape[1], seconds)
 
     def _drafts(self, work: Work) -> dict[int, Draft]:
         """Drafts by sequence, for those that lack only their last token."""
@@ -221,9 +222,15 @@ class Engine:
         sequences = [sequence for sequence, _ in work if sequence.missing == 1]
         if not sequences:
             return {}
-        room = [min(s.sampling.max_tokens - s.generated, self.scheduler.room(s) or self.max_len) - 1 for s in sequences]
-        rows = tuple(sequence.row for sequence in sequences)
-        drafts = self.speculation.propose(sequences, room, lambda tokens: self.call.ready(rows, tokens))
+
+        def room(sequence: Sequence) -> int:
+            left = sequence.sampling.max_tokens - sequence.generated
+            return min(left, self.scheduler.room(sequence) or left) - 1
+
+        def ready(tokens: int) -> bool:
+            return self.call.ready(tuple(sequence.row for sequence in sequences), tokens)
+
+        drafts = self.speculation.propose(sequences, room, ready)
         return {
             sequence.id: draft
             for sequence, draft in zip(sequences, drafts)

@@ -10,14 +10,29 @@ How wide a draft may be is decided by what calls cost here and by how often this
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from time import perf_counter
 from typing import Protocol
 
 from torch import Tensor
 
-from serve.replay import recording
 from serve.scheduler import Sequence
 from serve.width import Rate, Width
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Of a row of a call, at `columns`. x_BTD: of the whole call."""
+
+    x_BTD: Tensor
+    row: int
+    columns: Items[int]
+
+    def all(self) -> Tensor:
+        """(N, D) in the order of the columns."""
+        return self.x_BTD[self.row, list(self.columns)]
+
+    def last(self) -> Tensor:
+        """(D,), a view."""
+        return self.x_BTD[self.row, self.columns[-1]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +107,11 @@ class Drafter(Protocol):
     def gain(self, rate: Rate, width: int) -> float:
         """Tokens that are expected of a call with it, for a row with such a rate."""
 
-    def see(self, sequence: Sequence, x_ND: Tensor) -> None:
-        """Outputs of the model (N, D) for the last N tokens of `sequence` that were computed, in order."""
+    def settled(self, rows: int) -> bool:
+        """Whether drafts for so many rows take as long as they always will."""
+
+    def see(self, sequence: Sequence, outputs: Outputs) -> None:
+        """What the model said to the last tokens of `sequence` that were computed."""
 
     def forget(self, sequence: Sequence) -> None:
         """`sequence` has ended, or begins anew."""
@@ -107,28 +125,29 @@ class Speculation:
         self.drafts = self.drafted = self.accepted = 0
         self._rates: dict[int, Rate] = {}
         self._typical = Rate()
-        self._hoped = self._came = 0.0  # tokens of the last call with drafts
+        self._came = 0  # tokens of the last call that were right
 
-    def propose(self, sequences: Items[Sequence], room: Items[int], ready: Callable[[int], bool]) -> list[Draft | None]:
+    def propose(
+        self, sequences: Items[Sequence], room: Callable[[Sequence], int], ready: Callable[[int], bool]
+    ) -> list[Draft | None]:
         """A draft, or none, for each sequence that lacks only its last token.
 
-        room: steps each has left. ready: as of `Width.choose`.
+        room: steps one has left. ready: as of `Width.choose`.
         """
-        if self._hoped:
-            self.width.came_true(self._came / self._hoped)
-        self._hoped = self._came = 0.0
+        self._came = 0
         rates = [self._rates.setdefault(sequence.id, Rate(self._typical.value)) for sequence in sequences]
         width = self.width.choose(rates, ready)
         if not width:
             return [None] * len(sequences)
-        begin = perf_counter()
         drafts = self.drafter.propose(sequences, width)
-        if any(drafts):
-            if not recording():
-                columns = len(sequences) * (1 + self.drafter.size(width))
-                self.width.drafting.add(columns, perf_counter() - begin)
-            self._hoped = self.width.hopes(rates, width)
-        return [draft and draft.cut(left) for draft, left in zip(drafts, room)]
+        self.width.covered(sum(draft is not None for draft in drafts) / len(drafts))
+        return [draft and draft.cut(room(sequence)) for sequence, draft in zip(sequences, drafts)]
+
+    def timed(self, rows: int, tokens: int, seconds: float) -> None:
+        """The call that drafts were asked for had so many `tokens` for each of `rows` rows and took, with making them,
+        so long."""
+        if tokens == 1 or self.drafter.settled(rows):
+            self.width.add(rows, tokens, seconds, self._came)
 
     def learn(self, sequence: Sequence, draft: Draft, path: Items[int]) -> None:
         """`path` of `draft` was accepted."""

@@ -16,7 +16,7 @@ from models.state import State, select
 from serve.memory import StateMemory
 from serve.replay import Replay, recording
 from serve.scheduler import Sequence
-from serve.speculative import Draft
+from serve.speculative import Draft, Outputs
 from serve.width import LENGTHS
 
 _SPARSE = 0.3  # rows of different lengths share a call when at most this part of it is padding; measured on a CPU
@@ -90,9 +90,9 @@ class Call:
                 path_BK = torch.tensor(filled, device=self.x_BTD.device)
             self._memory.put(self._rows, select(self._state, kept_B, path_BK))
 
-    def outputs(self, index: int, path: Items[int]) -> Tensor:
-        """The model's outputs (N, D) for the tokens of part `index` that are now computed for good."""
-        return self.x_BTD[index, self.parts[index].path(path)]
+    def outputs(self, index: int, path: Items[int]) -> Outputs:
+        """Of the model for the tokens of part `index` that are now computed for good."""
+        return Outputs(self.x_BTD, index, self.parts[index].path(path))
 
 
 class Step:

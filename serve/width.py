@@ -1,15 +1,18 @@
 """How wide the next drafts are: as wide as pays, by what calls were measured to cost and how often drafts were right.
 
-    width = argmax_k  sum_rows (1 + h (E_r(k) - 1)) / (t(rows (1 + k)) + d(k)),    E_r(k) = 1 + a_r + a_r^2 + .. + a_r^k
+    width = argmax_k  sum_rows (1 + c (E_r(k) - 1)) / t(rows (1 + k)),    E_r(k) = 1 + a_r + a_r^2 + .. + a_r^k
 
-t is the time of a call by its number of columns, d that of drafting k tokens, a_r the rate at which single guesses of
-row r hold; h is what came of such hopes lately, for there are rows that nothing is drafted for. Plain decoding, k = 0,
-is always among the choices, and a wider call must win by a margin.
+t is the time of a call by its number of columns and of the drafts for it, a_r the rate at which single guesses of row r
+hold, c the part of rows that something was drafted for lately. Plain decoding, k = 0, is always among the choices, and
+a wider call must win by a margin.
+
+That is an estimate, and drafts live on credit, so that no wrong one can make decoding slow. It is counted in plain
+calls: ALLOWANCE for each of them, up to SPARE; a call with drafts adds the plain calls that it saved, up to SAVED, or
+takes those that it cost. A width that could cost more than there is, should nothing be right, is not chosen.
 
 What is not done is not measured: while drafts are made a plain call is made now and then. While none are, a small draft
-is, so seldom that little time goes into it (LOOKING), and what is known of other widths fades. Calls are as long as
-one of LENGTHS, so that each kind can be recorded once (`serve.replay`); one that is not yet recorded would be slow and
-is not chosen.
+is when the credit is there, and what is known of other widths fades. Calls are as long as one of LENGTHS, so that each
+kind can be recorded once (`serve.replay`); one that is not yet recorded would be slow and is not chosen.
 """
 
 from bisect import bisect_left, insort
@@ -20,12 +23,13 @@ from collections.abc import Sequence as Items
 LENGTHS = (2, 4, 8, 16, 32)  # tokens of calls that check drafts; what is shorter is padded
 
 MARGIN = 1.05  # by which drafting must look faster than plain decoding
-PROBE, SELDOM = 64, 1024  # calls between two looks at what is not done, at least and at most
-LOOKING = 0.01  # of the time of plain decoding may go into drafts that are made to see whether they pay
+PROBE = 64  # calls between two looks at what is not done, at least
+ALLOWANCE, SPARE, SAVED = 0.01, 2.0, 4.0
 _FADE = 0.9  # of what is known of calls with drafts, at each such look
 _FORGET = 0.1  # weight of a new guess that held or not
 _LATEST = 8  # measurements of which the least counts: no call is faster than it can be, and many are disturbed
 _RETHINK = 8  # calls without drafts, in which nothing new is learnt of them, until it is asked again whether they pay
+_SLOW = 4.0  # a call that takes so many times as long as expected was disturbed, and costs no more
 _PRIOR = 0.6  # of guesses of a drafter nothing is known about
 
 
@@ -55,6 +59,9 @@ class Times:
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def __contains__(self, size: int) -> bool:
+        return size in self._seconds
 
     def __call__(self, size: int, least: tuple[int, float] | None = None) -> float:
         """Seconds of a call of `size`; least: the smallest size there is and its seconds, which they are if no other
@@ -115,6 +122,10 @@ class Chains:
         """Tokens that are expected of a call with it, for a row with such a rate."""
         return rate.tokens(width)
 
+    def settled(self, rows: int) -> bool:
+        """Whether drafts for so many rows take as long as they always will."""
+        return True
+
 
 _CHAINS = Chains()
 
@@ -126,32 +137,36 @@ def _always(tokens: int) -> bool:
 class Width:
     """The choice, for one engine. widest: there is. drafts: says what widths mean.
 
-    plain, calls: times of calls without drafts by rows, and with drafts by columns. drafting: of drafts by columns.
+    plain, calls: times of calls without drafts by rows, and with drafts, which are made in it, by columns.
+    credit: plain calls that drafts may cost.
     """
 
     def __init__(self, widest: int, drafts: Chains = _CHAINS) -> None:
         self.drafts = drafts
         self.widths = [width for width in range(1, widest + 1) if 1 + drafts.size(width) in LENGTHS]
         # What looks slow is not chosen, and so not measured again soon.
-        self.plain, self.calls, self.drafting = Times(sure=2), Times(sure=2), Times(sure=2)
+        self.plain, self.calls = Times(sure=2), Times(sure=2)
+        self.credit = SPARE
         self._same = 0  # calls since it was last seen what the other way brings
         self._drafted = False
-        self._honesty = 1.0
+        self._covered = 1.0
 
-    def came_true(self, part: float) -> None:
-        """`part` of the tokens that were hoped for beyond one for each row came of a call with drafts."""
-        self._honesty += _FORGET * (min(part, 2.0) - self._honesty)
+    def covered(self, part: float) -> None:
+        """`part` of the rows have drafts."""
+        self._covered += _FORGET * (part - self._covered)
 
-    def hopes(self, rates: Items[Rate], width: int) -> float:
-        """Tokens that are expected of a call beyond one for each row, as if all rows had drafts."""
-        return sum(self.drafts.gain(rate, width) for rate in rates) - len(rates)
-
-    def add(self, rows: int, tokens: int, seconds: float) -> None:
-        """A call of `tokens` tokens for each of `rows` rows, one of them known, took so long."""
+    def add(self, rows: int, tokens: int, seconds: float, came: int = 0) -> None:
+        """A call of `tokens` tokens for each of `rows` rows, one of them known, took so long; `came` drafted tokens
+        were right."""
         if tokens == 1:
             self.plain.add(rows, seconds)
-        else:
-            self.calls.add(rows * tokens, seconds)
+            self.credit += max(0.0, min(ALLOWANCE, SPARE - self.credit))
+            return
+        columns, plain = rows * tokens, self.plain(rows)
+        if columns in self.calls and plain:  # what a kind costs is learnt once
+            cost = min(seconds, _SLOW * self.calls(columns)) / plain
+            self.credit = min(self.credit + 1 + came / rows - cost, SAVED)
+        self.calls.add(columns, seconds)
 
     def choose(self, rates: Items[Rate], ready: Callable[[int], bool] = _always) -> int:
         """Width of the next drafts for rows with such rates, 0 for none.
@@ -163,30 +178,19 @@ class Width:
         width = self._best(rates) if self._drafted or self._same % _RETHINK == 0 else 0
         self._same = self._same + 1 if bool(width) == self._drafted else 0
         self._drafted = bool(width)
-        if self._same >= self._patience(len(rates), width):
+        if self._same >= PROBE and (width or self.credit >= SPARE):
             self._same = 0
             self.calls.fade()
-            self.drafting.fade()
             width = 0 if width else self.widths[0]
         return width if not width or ready(1 + self.drafts.size(width)) else 0
 
-    def _patience(self, rows: int, width: int) -> float:
-        """Calls until the other way is looked at. A draft that does not pay costs what it takes beyond a plain call."""
-        if width:
-            return PROBE
-        price = self._seconds(rows, self.widths[0]) / self.plain(rows) - 1
-        return min(max(PROBE, price / LOOKING), SELDOM)
-
-    def _seconds(self, rows: int, width: int) -> float:
-        """Of a call with drafts, and of making them."""
-        plain, columns = self.plain(rows), rows * (1 + self.drafts.size(width))
-        return max(plain, self.calls(columns, (rows, plain))) + self.drafting(columns, (rows, 0.0))
-
     def _best(self, rates: Items[Rate]) -> int:
-        rows = len(rates)
-        best, chosen = rows / self.plain(rows) * MARGIN, 0
+        rows, plain = len(rates), self.plain(len(rates))
+        best, chosen = rows / plain * MARGIN, 0
         for width in self.widths:
-            speed = (rows + self._honesty * self.hopes(rates, width)) / self._seconds(rows, width)
-            if speed > best:
+            seconds = max(plain, self.calls(rows * (1 + self.drafts.size(width)), (rows, plain)))
+            hoped = self._covered * (sum(self.drafts.gain(rate, width) for rate in rates) - rows)
+            speed = (rows + hoped) / seconds
+            if speed > best and seconds - plain <= self.credit * plain:
                 best, chosen = speed, width
         return chosen

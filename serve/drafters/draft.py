@@ -18,7 +18,7 @@ from models.state import DRAFT, State
 from serve.memory import StateMemory
 from serve.sampler import sample
 from serve.scheduler import Sequence
-from serve.speculative import Draft
+from serve.speculative import Draft, Outputs
 from serve.step import Part, Step
 from serve.width import Chains
 
@@ -48,6 +48,7 @@ class DraftModel(Chains):
         self._call = Step(model, self.memory)
         self._followers: dict[int, Sequence] = {}  # by the id of the sequence each follows
         self._last: _Guesses | None = None
+        self._settled = False
 
     def propose(self, sequences: Items[Sequence], width: int) -> list[Draft | None]:
         drafts: list[Draft | None] = [None] * len(sequences)
@@ -60,6 +61,7 @@ class DraftModel(Chains):
         own = [sequences[index] for index, _ in ready]
         samplings = [sequence.sampling for sequence in own]
         rows = tuple(follower.row for follower in followers)
+        self._settled = self._call.ready(rows, 1)  # its steps are recorded at once: they come often
         read, moments = [[follower.tokens[-1]] for follower in followers], [self.memory.take(rows)]
         for step in range(width + 1):  # the last guess is read too: then the next draft begins with one token
             ids_B1 = torch.tensor([tokens[-1:] for tokens in read], device=self.memory.device)
@@ -73,6 +75,9 @@ class DraftModel(Chains):
         for (index, _), tokens in zip(ready, read):
             drafts[index] = Draft.chain(tokens[1:])
         return drafts
+
+    def settled(self, rows: int) -> bool:
+        return self._settled
 
     def _keep(self, last: "_Guesses") -> None:
         """What was computed of guesses that turned out right is the state now."""
@@ -121,7 +126,7 @@ class DraftModel(Chains):
             self._followers[sequence.id] = follower
         return follower
 
-    def see(self, sequence: Sequence, x_ND: Tensor) -> None:
+    def see(self, sequence: Sequence, outputs: Outputs) -> None:
         """Nothing: `reads` is False."""
 
     def forget(self, sequence: Sequence) -> None:

@@ -12,12 +12,11 @@ from heapq import heappop, heappush
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from models.decoder import Decoder
 from models.heads.medusa import Medusa
 from serve.scheduler import Sequence
-from serve.speculative import Draft
+from serve.speculative import Draft, Outputs
 from serve.width import LENGTHS, Rate
 
 SIZES = tuple(length - 1 for length in LENGTHS)  # tokens of trees
@@ -45,7 +44,7 @@ class MedusaHeads:
         self.accuracy = [[0.6 * 0.85**head * share for share in ranks] for head in range(heads)]
         combinations = sum(self._ranks ** (head + 1) for head in range(heads))
         self.widest = sum(size <= combinations for size in SIZES)
-        self._outputs: dict[int, Tensor] = {}  # of the last computed token, by sequence
+        self._outputs: dict[int, Outputs] = {}  # of the last computed tokens, by sequence
         self._made: dict[int, tuple[int, list[list[int]]]] = {}  # known tokens when guesses were made, and those
         self._seen = [0] * heads  # observations of each head
         self._observed, self._due = 0, 4
@@ -56,6 +55,9 @@ class MedusaHeads:
 
     def gain(self, rate: Rate, width: int) -> float:
         return 1 + self._worth[SIZES[width - 1] - 1]
+
+    def settled(self, rows: int) -> bool:
+        return True
 
     def propose(self, sequences: Items[Sequence], width: int) -> list[Draft | None]:
         drafts: list[Draft | None] = [None] * len(sequences)
@@ -68,7 +70,7 @@ class MedusaHeads:
             self._due = min(_REGROW, 2 * self._due)
             self._grow()
         nodes, parents = self._nodes[: self.size(width)], self._parents[: self.size(width)]
-        x_RD = torch.stack([self._outputs[sequences[index].id] for index in ready])
+        x_RD = torch.stack([self._outputs[sequences[index].id].last() for index in ready])
         logits_RHC = self.head.guesses(x_RD, 1 + max(head for head, _ in nodes))
         for index, guesses in zip(ready, logits_RHC.topk(self._ranks).indices.tolist()):
             sequence = sequences[index]
@@ -76,8 +78,8 @@ class MedusaHeads:
             drafts[index] = Draft([guesses[head][rank] for head, rank in nodes], parents)
         return drafts
 
-    def see(self, sequence: Sequence, x_ND: Tensor) -> None:
-        self._outputs[sequence.id] = x_ND[-1].clone()
+    def see(self, sequence: Sequence, outputs: Outputs) -> None:
+        self._outputs[sequence.id] = outputs
 
     def forget(self, sequence: Sequence) -> None:
         self._outputs.pop(sequence.id, None)

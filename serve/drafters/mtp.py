@@ -15,7 +15,7 @@ from models.heads.mtp import MTP
 from serve.memory import StateMemory
 from serve.sampler import sample
 from serve.scheduler import Sequence
-from serve.speculative import Draft
+from serve.speculative import Draft, Outputs
 from serve.width import Chains
 
 _ALONE = 32  # outputs to read from which on a row is computed by itself: beside others it would mostly be padding
@@ -91,7 +91,7 @@ class MTPHeads(Chains):
             row.read, row.outputs = row.read + count, []
         return guesses_BK.tolist()
 
-    def see(self, sequence: Sequence, x_ND: Tensor) -> None:
+    def see(self, sequence: Sequence, outputs: Outputs) -> None:
         row = self._rows.get(sequence.id)
         if row is not None and row.start + row.read + row.new != sequence.computed:  # it begins anew
             self.forget(sequence)
@@ -101,7 +101,7 @@ class MTPHeads(Chains):
             if own is None:
                 return
             row = self._rows[sequence.id] = _Row(own, sequence.computed)
-        row.outputs.append(x_ND)
+        row.outputs.append(outputs.all())
 
     def forget(self, sequence: Sequence) -> None:
         row = self._rows.pop(sequence.id, None)

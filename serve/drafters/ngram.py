@@ -8,10 +8,8 @@ An index of each sequence's n-grams grows with it, so that a guess is a few look
 
 from collections.abc import Sequence as Items
 
-from torch import Tensor
-
 from serve.scheduler import Sequence
-from serve.speculative import Draft
+from serve.speculative import Draft, Outputs
 from serve.width import Chains
 
 
@@ -38,7 +36,7 @@ class NGram(Chains):
             drafts.append(None if end is None else Draft.chain(_copied(sequence.tokens, end, width)))
         return drafts
 
-    def see(self, sequence: Sequence, x_ND: Tensor) -> None:
+    def see(self, sequence: Sequence, outputs: Outputs) -> None:
         """Nothing: `reads` is False."""
 
     def forget(self, sequence: Sequence) -> None:

@@ -16,7 +16,7 @@ from serve.drafters.ngram import NGram
 from serve.engine import Engine
 from serve.sampler import Sampling
 from serve.speculative import Draft
-from serve.width import PROBE, SELDOM, Chains, Rate, Width
+from serve.width import PROBE, Chains, Rate, Width
 
 PROMPTS = [[1, 2, 3, 4] * 6, [5, 6, 7] * 5, [9], list(range(20))]
 STATES = ["gqa", "gated_deltanet", "sliding_window", "nsa", "mla", "mamba_ssd", "rwkv7", "engram", "hybrid"]
@@ -202,8 +202,11 @@ def test_lookup_finds_the_latest_place_of_the_longest_run(tokens, width, steps):
 # -- width -------------------------------------------------------------------------------------------------------
 
 
-def simulate(rate, cost, calls=4000, rows=1, widest=8):
-    """Tokens per second of the policy over that of plain decoding, with drafts right at `rate` and calls of `cost`."""
+def simulate(rate, cost, calls=4000, rows=1, widest=8, believed=None):
+    """Tokens per second of the policy over that of plain decoding, with drafts right at `rate` and calls of `cost`.
+
+    believed: a rate that is taken for true whatever comes.
+    """
     draw, width, estimate = random.Random(0), Width(widest), Rate()
     tokens = seconds = 0.0
     for _ in range(calls):
@@ -213,9 +216,9 @@ def simulate(rate, cost, calls=4000, rows=1, widest=8):
             accepted += 1
         if steps:
             estimate.add(accepted, steps)
-            width.drafting.add(rows * (1 + steps), 0.0)
+            estimate.value = estimate.value if believed is None else believed
         took = cost(rows * (1 + steps))
-        width.add(rows, 1 + steps, took)
+        width.add(rows, 1 + steps, took, rows * accepted)
         tokens, seconds = tokens + rows * (1 + accepted), seconds + took
     return tokens / seconds * cost(rows) / rows, steps
 
@@ -226,6 +229,7 @@ def test_width_never_costs_more_than_it_can_bring(rows):
     for rate in (0.0, 0.1, 0.5, 0.9, 1.0):
         for cost in (flat, steep, lambda n: max(1.0, n / 16)):
             assert simulate(rate, cost, rows=rows)[0] > 0.98, (rate, rows)
+            assert simulate(rate, cost, rows=rows, believed=1.0)[0] > 0.98, (rate, rows)
     assert simulate(0.9, flat, rows=rows)[0] > 3
 
 
@@ -237,15 +241,25 @@ def told(add, *measured):
 
 def test_width_looks_again_after_a_while():
     width, rate = Width(4), Rate(0.0)
+
+    def widths(calls, cost, came=0):
+        """Of so many calls that take `cost` when something is drafted, `came` of which is right."""
+        chosen = []
+        for _ in range(calls):
+            chosen.append(width.choose([rate]))
+            drafted = chosen[-1] > 0
+            width.add(1, 1 + chosen[-1], cost if drafted else 1.0, came * drafted)
+        return chosen
+
     for tokens in (1, 2, 4):
-        told(width.add, 1, tokens, 1.0 + tokens / 10)
-    assert [width.choose([rate]) for _ in range(2 * PROBE)].count(1) == 2
-    told(width.drafting.add, 2, 4.0)  # a look that costs more is taken less often
-    assert [width.choose([rate]) for _ in range(2 * SELDOM)].count(1) in range(2, 9)
+        told(width.add, 1, tokens, 1.1)
+    assert widths(4 * PROBE, 1.1).count(1) in (3, 4)
+    told(width.calls.add, 2, 6.0)
+    width.calls.fade()
+    assert widths(4000, 6.0).count(1) in range(5, 12)  # a look that costs more is taken less often
     rate.value = 0.99
-    told(width.calls.add, 4, 1.1)
-    told(width.drafting.add, 2, 0.0)
-    assert [width.choose([rate]) for _ in range(2 * PROBE)].count(0) in (1, 2)
+    found = widths(2000, 1.1, came=1)  # whatever they were thought to cost
+    assert found[-2 * PROBE :].count(0) in (1, 2)
 
 
 def test_width_waits_for_calls_that_will_be_faster():
@@ -262,8 +276,22 @@ def test_rows_that_nothing_is_drafted_for_are_not_hoped_for():
     told(width.add, 8, 1, 1.0)
     for tokens in (2, 4):
         told(width.add, 8, tokens, 1.5)
-    chosen = width.choose(rates)
-    assert chosen
+    assert width.choose(rates)
     for _ in range(30):
-        width.came_true(1 / 8)
+        width.covered(1 / 8)
     assert not any(width.choose(rates) for _ in range(PROBE // 2))
+
+
+def test_drafts_live_on_credit():
+    """However good a draft looks, one that could cost more than there is waits until others have saved as much."""
+    width, rate = Width(15), Rate(0.99)
+    told(width.add, 1, 1, 1.0)
+    for tokens, seconds in ((2, 1.5), (4, 2.5), (8, 4.0), (16, 4.8)):
+        told(width.add, 1, tokens, seconds)
+    assert width.choose([rate]) == 3
+    width.add(1, 4, 2.5, came=3)
+    assert width.choose([rate]) == 7
+    width.add(1, 8, 4.0, came=7)
+    assert width.choose([rate]) == 15
+    width.add(1, 16, 4.8, came=0)
+    assert width.choose([rate]) == 0
