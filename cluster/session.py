@@ -10,6 +10,8 @@ import os
 import socket
 from pathlib import Path
 
+from cluster import beside
+
 
 def environment() -> None:
     """Environment variables that ray reads when it is imported. Call it before anything imports ray."""
@@ -22,6 +24,19 @@ def environment() -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # its start prints an error; nobody asks it
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; unset, each start warns
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def serving(cpus: int = 2) -> None:
+    """Starts a cluster of this machine alone, to serve on: `serve.start` and `serve.run` come next.
+
+    cpus: CPUs it offers. All of it gives way to what computes (`cluster.beside`), and the calling thread too.
+    """
+    import ray
+    import ray.serve  # before the settings, which are not for this process: its handles need a loop of their own
+
+    beside.give_way()
+    beside.environment()
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, namespace="serve")
 
 
 def connect(cpus: int = 0) -> bool:

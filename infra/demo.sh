@@ -62,7 +62,7 @@ done
 RUN=$EDIFICE_HOME/runs/$NAME
 
 say "1/4 a Ray head on port $GCS (dashboard http://127.0.0.1:$DASHBOARD)"
-ray start --head --block --node-ip-address 127.0.0.1 --port "$GCS" --dashboard-host 127.0.0.1 \
+"$PYTHON" -m cluster.beside ray start --head --block --node-ip-address 127.0.0.1 --port "$GCS" --dashboard-host 127.0.0.1 \
     --dashboard-port "$DASHBOARD" --dashboard-agent-listen-port "$AGENT" --ray-client-server-port "$CLIENT" \
     --metrics-export-port "$METRICS" --temp-dir "$LOGS/ray" --disable-usage-stats >"$LOGS/head.log" 2>&1 &
 started+=($!)

@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster import session
 from serve.client import Client, ServerError
 
 NAME = "tiny"
@@ -202,7 +203,7 @@ def main() -> None:
     make(folder)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.pop("EDIFICE_API_KEYS", None)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="serve")
+    session.serving()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         args = {"model": folder, "name": NAME, "replicas": str(given.replicas), "cpus": "0", "max_rows": "8"}

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cluster import beside
 from models.model import Batch, Input, Model
 from serve.http import tensors
 from serve.worker import Busy, Failed
@@ -108,6 +109,7 @@ class Predictor:
     # -- the model's side ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        beside.compute()
         waiting: list[Job] = []
         try:
             while self._collect(waiting):

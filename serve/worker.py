@@ -7,6 +7,7 @@ left of it.
 """
 
 import asyncio
+import os
 import queue
 import threading
 import time
@@ -219,6 +220,7 @@ class Worker:
                     events = self.engine.step()
                     self._since = None
                     self._dispatch(events)
+                    os.sched_yield()  # to whoever waits for a core: rather now than in the middle of a step
             self.failure = Failed("it was shut down")
         except BaseException as error:  # whatever it was, nobody may be left waiting
             self.failure = error

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from functools import partial
 
+from cluster import session
 from serve.bench.engines import LENGTH
 
 KINDS = ("ray", "direct", "uvicorn")
@@ -24,7 +25,7 @@ def ray(folder: str, threads: int, port: int) -> None:
 
     from serve.app import build
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="serve")
+    session.serving()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         args = {"model": folder, "name": "llama", "dtype": "bf16", "max_len": str(LENGTH), "cpus": "0"}

@@ -64,9 +64,11 @@ class Replica:
 
 def _start(model: Model, waiting: int, stall: float, options: dict[str, Any]) -> Any:
     """The worker of a model. Takes long."""
+    from cluster import beside
     from serve import load, vllm
     from serve.worker import Worker, aside
 
+    beside.compute()  # this thread starts those of the engine
     kind, rest = options["engine"], {name: value for name, value in options.items() if name != "engine"}
 
     def warmed() -> Any:

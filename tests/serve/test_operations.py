@@ -9,9 +9,11 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
+from cluster import session
 from serve.chaos import CLOSE, NAME, Killer, ask, bodies
 from serve.client import Client
 
@@ -68,7 +70,7 @@ def server(model_folder, tmp_path_factory):
     keys = tmp_path_factory.mktemp("keys") / "keys.toml"
     keys.write_text(f'[[key]]\nname = "user"\nkey = "{KEY}"\n[[key]]\nname = "boss"\nkey = "{ADMIN}"\nadmin = true\n')
     os.environ["OMP_NUM_THREADS"] = "1"
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, namespace="serve")
+    session.serving()
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         server = Server(port, str(model_folder))
@@ -102,6 +104,16 @@ def during(server, action) -> list:
         got = answers.result(600)
     assert server.numbers()["moved"] > before
     return got
+
+
+def test_what_computes_interrupts_the_others(server):
+    """A replica's main thread, and Ray that started it, wake up without interrupting; its computing threads may."""
+    if not hasattr(os, "sched_getscheduler"):
+        pytest.skip("scheduling policies are of Linux")
+    pid = server.killer.alive()[0]
+    parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    assert os.sched_getscheduler(pid) == os.sched_getscheduler(parent) == os.SCHED_BATCH
+    assert os.SCHED_OTHER in {os.sched_getscheduler(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()}
 
 
 def test_kill(server, expected):
