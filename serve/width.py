@@ -24,7 +24,7 @@ LENGTHS = (2, 4, 8, 16, 32)  # tokens of calls that check drafts; what is shorte
 
 MARGIN = 1.05  # by which drafting must look faster than plain decoding
 PROBE = 64  # calls between two looks at what is not done, at least
-ALLOWANCE, SPARE, SAVED = 0.01, 2.0, 4.0
+ALLOWANCE, SPARE, SAVED = 0.01, 2.0, 6.0
 _FADE = 0.9  # of what is known of calls with drafts, at each such look
 _FORGET = 0.1  # weight of a new guess that held or not
 _LATEST = 8  # measurements of which the least counts: no call is faster than it can be, and many are disturbed

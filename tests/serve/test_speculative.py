@@ -286,12 +286,17 @@ def test_drafts_live_on_credit():
     """However good a draft looks, one that could cost more than there is waits until others have saved as much."""
     width, rate = Width(15), Rate(0.99)
     told(width.add, 1, 1, 1.0)
-    for tokens, seconds in ((2, 1.5), (4, 2.5), (8, 4.0), (16, 4.8)):
-        told(width.add, 1, tokens, seconds)
-    assert width.choose([rate]) == 3
-    width.add(1, 4, 2.5, came=3)
-    assert width.choose([rate]) == 7
-    width.add(1, 8, 4.0, came=7)
-    assert width.choose([rate]) == 15
-    width.add(1, 16, 4.8, came=0)
-    assert width.choose([rate]) == 0
+    cost = {1: 1.5, 3: 2.5, 7: 4.0, 15: 4.8}
+    for guesses, seconds in cost.items():
+        told(width.add, 1, 1 + guesses, seconds)
+
+    def chosen(right):
+        """The next widths, of drafts that are right or wrong."""
+        found = []
+        for _ in range(3):
+            found.append(width.choose([rate]))
+            width.add(1, 1 + found[-1], cost.get(found[-1], 1.0), came=found[-1] * right)
+        return found
+
+    assert chosen(right=True) == [3, 7, 15]
+    assert chosen(right=False) == [15, 3, 1] and width.choose([rate]) == 0
