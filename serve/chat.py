@@ -79,6 +79,7 @@ class Terminal:
         self.chat, self.console = chat, console
 
     def run(self) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # some that start programs make them deaf to it
         self._note(f"{self.chat.model} at {self.chat.client.url}; /help tells what else there is")
         while True:
             try:
