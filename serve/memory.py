@@ -235,6 +235,14 @@ class StateMemory:
         """Pages of a row, in order."""
         return self._owned[row]
 
+    def adopt(self, row: int, index: int, page: int) -> None:
+        """`page` says the same as the one that `row` has at `index`, and takes its place."""
+        owned = self._owned[row]
+        if owned[index] != page:
+            self.refer(page)
+            self.forget(owned[index])
+            owned[index] = self._table[row, index] = page
+
     # -- pages and checkpoints -----------------------------------------------------------------------------------
 
     def _lend(self) -> int:

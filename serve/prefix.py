@@ -140,6 +140,8 @@ class PrefixCache:
                 self._idle.pop(node, None)
                 if final:
                     self.memory.refer(final)
+            elif child.page:  # the same has been computed twice; once is enough
+                self.memory.adopt(row, node.depth - late, child.page)
             node = child
         left = trail.node
         self._stand(trail, node)

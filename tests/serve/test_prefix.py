@@ -153,3 +153,13 @@ def test_random_requests_in_little_memory(model, seed):
         with torch.inference_mode():
             logits_BTC, _ = model.logits(torch.tensor([[*prompt, *tokens]]))
         assert tokens == logits_BTC[0].argmax(-1)[len(prompt) - 1 : -1].tolist()
+
+
+def test_what_two_rows_have_computed_is_kept_once():
+    """The same completion again and again: rows take what the cache has for what they computed themselves."""
+    engine = Engine(models.build("gqa"), max_rows=2, max_len=64, page=4)
+    for _ in range(3):
+        results = engine.generate([[1, 2, 3]] * 2, Sampling(max_tokens=40, temperature=0.0, ignore_eos=True))
+        assert results[0].tokens == results[1].tokens
+    assert engine.scheduler.preemptions == 0
+    assert engine.memory.pages - engine.memory.free_pages == 42 // 4  # all that is known of one
