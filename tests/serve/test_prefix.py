@@ -158,8 +158,11 @@ def test_random_requests_in_little_memory(model, seed):
 def test_what_two_rows_have_computed_is_kept_once():
     """The same completion again and again: rows take what the cache has for what they computed themselves."""
     engine = Engine(models.build("gqa"), max_rows=2, max_len=64, page=4)
-    for _ in range(3):
-        results = engine.generate([[1, 2, 3]] * 2, Sampling(max_tokens=40, temperature=0.0, ignore_eos=True))
-        assert results[0].tokens == results[1].tokens
-    assert engine.scheduler.preemptions == 0
-    assert engine.memory.pages - engine.memory.free_pages == 42 // 4  # all that is known of one
+    for _ in range(2):
+        for _ in range(2):
+            engine.submit(Request([1, 2, 3], Sampling(max_tokens=40, temperature=0.0, ignore_eos=True)))
+        used = 0
+        while engine.busy:
+            engine.step()
+            used = max(used, engine.memory.pages - engine.memory.free_pages)
+        assert used <= 42 // 4 + 2, "one page of each row that is not full"
