@@ -92,7 +92,7 @@ class Engine:
         spec = model.state_spec(max_len)
         self.memory = StateMemory(spec, max_rows, max_len, memory_bytes, page, self.device, sharing=prefix_cache)
         self.cache = PrefixCache(self.memory) if prefix_cache else None
-        self.pace, self.batch_invariant = Pace(chunk), batch_invariant
+        self.pace = Pace(chunk)
         self.call = Step(self.model, self.memory, trees=drafter is not None and drafter.trees)
         self.speculation = None if drafter is None else Speculation(drafter)
         self.scheduler = Scheduler(
@@ -194,7 +194,7 @@ class Engine:
         while work:
             computed += sum(tokens for _, tokens in work)
             parts = [Part(sequence, tokens, drafts.get(sequence.id)) for sequence, tokens in work]
-            for group in grouped(parts, alone=self.batch_invariant):
+            for group in grouped(parts, alone=self.scheduler.invariant):
                 call = self.call(group)
                 events += self._finish(call)
                 begin, since = perf_counter(), begin

@@ -316,9 +316,9 @@ class StateMemory:
             self._flush(set(rows))
             state = {name: pool[at_N] for name, pool in self._slots.items()}
         if self._pools:
-            width = max(len(self._owned[row]) for row in rows)
-            width = min(width, width if tokens is None else self._needed(tokens))
-            width = max(2, width)  # one more where it is one: a ring has one
+            owned = max(len(self._owned[row]) for row in rows)
+            seen = owned if tokens is None else min(owned, self._needed(tokens))
+            width = max(2, seen)  # one more where it is one: a ring has one
             table_BN = self._table[index_N, :width].to(self.device)
             state |= {name: Pages(pool, table_BN) for name, pool in self._pools.items()}
         return state | {name: Pages(pool, at_N[:, None] + 1) for name, pool in self._rings.items()}

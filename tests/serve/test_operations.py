@@ -108,8 +108,6 @@ def during(server, action) -> list:
 
 def test_what_computes_interrupts_the_others(server):
     """A replica's main thread, and Ray that started it, wake up without interrupting; its computing threads may."""
-    if not hasattr(os, "sched_getscheduler"):
-        pytest.skip("scheduling policies are of Linux")
     pid = server.killer.alive()[0]
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     assert os.sched_getscheduler(pid) == os.sched_getscheduler(parent) == os.SCHED_BATCH
