@@ -80,11 +80,19 @@ inline void channels(const bfloat* from, v16& one, v16& two) {
   one = as_float(both << 16), two = as_float(both & 0xffff0000u);
 }
 
+// 32 channels of what is read soon, while these are met: all at once would keep the arithmetic waiting for memory.
+template <typename Number>
+inline void ask(const Number* coming) {
+  for (int64_t at = 0; at < WIDTH; at += 64 / sizeof(Number)) __builtin_prefetch(coming + at, 0, 2);
+}
+
+// coming: null, or what is to be asked for.
 template <int CHANNELS, typename Number>
-inline v16 scores(const Query& query, const Number* const keys[RUN], int64_t K) {
+inline v16 scores(const Query& query, const Number* const keys[RUN], const Number* const* coming, int64_t K) {
   if constexpr (CHANNELS > 0) K = CHANNELS;
   v16 part[RUN];
   for (int n = 0; n < RUN; ++n) {
+    for (int64_t i = 0; coming && i < K; i += WIDTH) ask(coming[n] + i);
     v16 sum = {};
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<Number, bfloat>) {
@@ -106,15 +114,15 @@ inline v16 scores(const Query& query, const Number* const keys[RUN], int64_t K) 
 // The keys and values of a run meet QUERIES heads of a token; `mine`: those that it reads. CHANNELS: K and V where they
 // are the usual size and known to the compiler, else 0.
 template <int QUERIES, int CHANNELS, typename Number>
-void meet(Query* queries, const Number* const keys[RUN], const Number* const values[RUN], int64_t K, int64_t V,
-          const v16 bias[QUERIES], float scale, float softcap, uint32_t mine) {
+void meet(Query* queries, const Number* const* keys, const Number* const* values, const Number* const* coming_keys,
+          const Number* const* coming_values, int64_t K, int64_t V, const v16 bias[QUERIES], float scale, float softcap, uint32_t mine) {
   if constexpr (CHANNELS > 0) K = V = CHANNELS;
   const i16 bits = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
   alignas(64) float weights[QUERIES][RUN];
   float keep[QUERIES];
   for (int h = 0; h < QUERIES; ++h) {
     Query& query = queries[h];
-    v16 score = scores<CHANNELS>(query, keys, K) * scale;
+    v16 score = scores<CHANNELS>(query, keys, h ? nullptr : coming_keys, K) * scale;
     if (softcap > 0)
       for (int n = 0; n < RUN; ++n) score[n] = softcap * std::tanh(score[n] / softcap);
     score = (bits & static_cast<int32_t>(mine)) != 0 ? score + bias[h] : all(NEVER);
@@ -132,6 +140,7 @@ void meet(Query* queries, const Number* const keys[RUN], const Number* const val
 #pragma GCC unroll 16
     for (int n = 0; n < RUN; ++n) {
       v16 one, two;
+      if (coming_values) ask(coming_values[n] + i);
       channels(values[n] + i, one, two);
       for (int h = 0; h < QUERIES; ++h) sum[h][0] += weights[h][n] * one, sum[h][1] += weights[h][n] * two;
     }
@@ -141,14 +150,13 @@ void meet(Query* queries, const Number* const keys[RUN], const Number* const val
 }
 
 template <int QUERIES, typename Number, typename... Rest>
-void meet_sized(Query* queries, const Number* const keys[RUN], const Number* const values[RUN], int64_t K, int64_t V,
-                Rest... rest) {
+void meet_sized(int64_t K, int64_t V, Query* queries, const Number* const* keys, Rest... rest) {
   if (K == 64 && V == 64)
-    meet<QUERIES, 64>(queries, keys, values, K, V, rest...);
+    meet<QUERIES, 64>(queries, keys, rest...);
   else if (K == 128 && V == 128)
-    meet<QUERIES, 128>(queries, keys, values, K, V, rest...);
+    meet<QUERIES, 128>(queries, keys, rest...);
   else
-    meet<QUERIES, 0>(queries, keys, values, K, V, rest...);
+    meet<QUERIES, 0>(queries, keys, rest...);
 }
 
 // First index of a row's past that a new token may read.
@@ -173,16 +181,6 @@ Run remembered(const Call& c, int64_t row, int64_t begin, const char* zeros) {
     if (++offset == c.page) offset = 0, page = page + 1 == c.pages ? 0 : page + 1;
   }
   return run;
-}
-
-// Pages lie anywhere: what is read next is asked for while this run is met, or memory answers late.
-void ask_for(const Call& c, const Run& run, int64_t g) {
-  for (int n = 0; n < RUN; ++n) {
-    if (!(run.past >> n & 1)) continue;
-    const char *k = run.k[n] + g * run.k_step[n], *v = run.v[n] + g * run.v_step[n];
-    for (int64_t at = 0; at < c.past_k.bytes; at += 64) __builtin_prefetch(k + at, 0, 2);
-    for (int64_t at = 0; at < c.past_v.bytes; at += 64) __builtin_prefetch(v + at, 0, 2);
-  }
 }
 
 int64_t padded(int64_t size) { return (size + WIDTH - 1) / WIDTH * WIDTH; }
@@ -230,13 +228,15 @@ void attend(const Call& c, int64_t row, int64_t from, int64_t to, Scratch& scrat
     return found;
   };
   auto met = [&](const Run& run, const Run& coming) {
-    const Number *keys[RUN], *values[RUN];
+    const Number *keys[RUN], *values[RUN], *next_keys[RUN], *next_values[RUN];
     for (int64_t g = from; g < to; ++g) {
       for (int n = 0; n < RUN; ++n) {
         keys[n] = reinterpret_cast<const Number*>(run.k[n] + g * run.k_step[n]);
         values[n] = reinterpret_cast<const Number*>(run.v[n] + g * run.v_step[n]);
+        next_keys[n] = reinterpret_cast<const Number*>(coming.k[n] + g * coming.k_step[n]);
+        next_values[n] = reinterpret_cast<const Number*>(coming.v[n] + g * coming.v_step[n]);
       }
-      ask_for(c, coming, g);
+      bool asked = false;
       if constexpr (!std::is_same_v<Number, bfloat>)
         for (int n = 0; n < RUN; ++n) {
           const bool past = run.past >> n & 1;
@@ -254,10 +254,12 @@ void attend(const Call& c, int64_t row, int64_t from, int64_t to, Scratch& scrat
             for (int n = 0; n < RUN; ++n)
               bias[one - h][n] = -c.slopes[g * shared + one] * static_cast<float>(std::abs(at[t] - run.begin - n));
           Query* both = &state[t * mine + (g - from) * shared + h];
+          const Number* const* ask_k = asked ? nullptr : next_keys, * const* ask_v = asked ? nullptr : next_values;
+          asked = true;
           if (h + 1 < shared)
-            meet_sized<2>(both, keys, values, K, V, bias, c.scale, c.softcap, found);
+            meet_sized<2>(K, V, both, keys, values, ask_k, ask_v, K, V, bias, c.scale, c.softcap, found);
           else
-            meet_sized<1>(both, keys, values, K, V, bias, c.scale, c.softcap, found);
+            meet_sized<1>(K, V, both, keys, values, ask_k, ask_v, K, V, bias, c.scale, c.softcap, found);
         }
       }
     }

@@ -83,10 +83,8 @@ at::Tensor swiglu(const at::Tensor& gate, const at::Tensor& up) {
     at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / std::max<int64_t>(units, 1)), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
         for (int64_t i = 0; i < units; i += 16) {
-          const v16 g = some(a + r * step[0] + i, units - i), size = g < 0 ? g : -g;
-          const v16 small = exponential(size);  // e^-|g|
-          const v16 sigmoid = (g < 0 ? small : small - small + 1) / (1 + small);
-          keep(to + r * units + i, g * sigmoid * some(b + r * step[1] + i, units - i), units - i);
+          const v16 g = some(a + r * step[0] + i, units - i), u = some(b + r * step[1] + i, units - i);
+          keep(to + r * units + i, gated(g, u), units - i);
         }
     });
   });

@@ -24,6 +24,16 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
+@torch.library.register_fake("edifice_cpu::argmax")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], dtype=torch.int64)
+
+
+@torch.library.register_fake("edifice_cpu::picked")
+def _(weight: Tensor, ids: Tensor) -> Tensor:
+    return weight.new_empty(ids.numel(), weight.shape[1])
+
+
 @torch.library.register_fake("edifice_cpu::rope")
 def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return x.new_empty(x.shape)

@@ -83,6 +83,15 @@ inline void store_pairs(bfloat* to, v16 even, v16 odd) {
   std::memcpy(to, &both, 64);
 }
 
+// A number as it is kept: what is computed from it is then the same as from memory.
+template <typename Number>
+inline v16 as_kept(v16 value) {
+  if constexpr (sizeof(Number) == 4)
+    return value;
+  else
+    return as_float(rounded(value) << 16);
+}
+
 inline void put(float* to, const float* from, int64_t count) { std::memcpy(to, from, count * 4); }
 inline void put(bfloat* to, const float* from, int64_t count) {
   int64_t i = 0;
@@ -113,6 +122,13 @@ inline v16 exponential(v16 x) {
   const i16 exponent = (__builtin_convertvector(whole, i16) + 127) << 23;
   y = y * (v16)exponent;
   return x > floor ? y : x != x ? x : y - y;  // what is NaN stays NaN
+}
+
+// up silu(gate)
+inline v16 gated(v16 gate, v16 up) {
+  const v16 small = exponential(gate < 0 ? gate : -gate);  // e^-|g|
+  const v16 sigmoid = (gate < 0 ? small : small - small + 1) / (1 + small);
+  return gate * sigmoid * up;
 }
 
 // Vectors of two, four, eight blocks of lanes folded onto one another; after four rounds a lane holds a whole vector.

@@ -35,6 +35,10 @@ constexpr int64_t WIDE = 16;      // rows of a panel
 constexpr int64_t GROUP = 64;     // numbers that share a scale
 constexpr int64_t ROWS = 32;      // rows of x that a pass over a pair of panels serves
 constexpr int64_t AHEAD = 8192;   // bytes between what is read and what is asked for
+constexpr int64_t STEP = 2;       // rows whose sums are put away while a tile of the next is read
+
+// What becomes of sums: y; stream + y; or, of a product whose first half are gates, silu(gate) * up.
+enum class End { PLAIN, ADD, GATE };
 
 struct Job {
   const void* x;  // (M, D) in its own type, or 8 bits
@@ -44,6 +48,8 @@ struct Job {
   const float* row_scales;    // (M, G)
   const float* row_sums;      // (M, G): zero * sum of a group
   const float* bias;
+  const void* stream;         // (M, F)
+  End end;
 };
 
 // -- sums of one pair of panels: out (rows, 32) fp32 -----------------------------------------------------------------
@@ -165,7 +171,9 @@ bool tiles_allowed() {
   return allowed;
 }
 
-void tiles_bfloat(const Job& job, int64_t first, int64_t rows, const uint16_t* const panel[2], float* out) {
+template <typename Between>
+void tiles_bfloat(const Job& job, int64_t first, int64_t rows, const uint16_t* const panel[2], float* out,
+                  Between&& between) {
   const int64_t stride = job.depth * 2;
   const char* x = static_cast<const char*>(job.x) + first * stride;
   _tile_zero(0);
@@ -185,6 +193,7 @@ void tiles_bfloat(const Job& job, int64_t first, int64_t rows, const uint16_t* c
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    between();
   }
   _tile_stored(0, out, 128);
   _tile_stored(1, out + 16, 128);
@@ -265,8 +274,9 @@ void in_fours(int64_t first, int64_t rows, float* out, Few&& few) {
 
 enum class Kind { FLOAT, BFLOAT, BITS8, BITS4 };
 
-template <Kind KIND>
-void pair_of_panels(const Job& job, int64_t one, int64_t two, int64_t first, int64_t rows, bool tiles, float* out) {
+template <Kind KIND, typename Between>
+void pair_of_panels(const Job& job, int64_t one, int64_t two, int64_t first, int64_t rows, bool tiles, float* out,
+                    Between&& between) {
   const int64_t groups = job.depth / GROUP;
   if constexpr (KIND == Kind::FLOAT) {
     const float* base = static_cast<const float*>(job.weight);
@@ -278,7 +288,7 @@ void pair_of_panels(const Job& job, int64_t one, int64_t two, int64_t first, int
     const uint16_t* base = static_cast<const uint16_t*>(job.weight);
     const uint16_t* const panel[2] = {base + one * job.depth * WIDE, base + two * job.depth * WIDE};
 #if defined(TILES)
-    if (tiles) return tiles_bfloat(job, first, rows, panel, out);
+    if (tiles) return tiles_bfloat(job, first, rows, panel, out, between);
 #endif
     const uint32_t* const pairs[2] = {reinterpret_cast<const uint32_t*>(panel[0]),
                                       reinterpret_cast<const uint32_t*>(panel[1])};
@@ -300,6 +310,57 @@ void pair_of_panels(const Job& job, int64_t one, int64_t two, int64_t first, int
   }
 }
 
+// The sums of one row by one panel into y, rounded as if they had been kept before they are used.
+template <typename Number>
+void finish(const Job& job, float* line, int64_t row, int64_t panel, Number* y) {
+  const int64_t start = panel * WIDE, width = std::min<int64_t>(WIDE, job.size - start);
+  if (job.end == End::ADD) {
+    alignas(64) float stream[WIDE];
+    take(stream, static_cast<const Number*>(job.stream) + row * job.size + start, width);
+    store(line, as_kept<Number>(load(line)) + load(stream));
+  }
+  put(y + row * job.size + start, line, width);
+}
+
+// Sums of a pair of panels that are put away while the next pair is read: memory never waits for arithmetic.
+template <typename Number>
+struct Sums {
+  const Job& job;
+  Number* y;
+  alignas(64) float lines[2][ROWS * 2 * WIDE];
+  int now = 0;  // of the two, which is being computed
+  int64_t one = 0, two = 0, first = 0, row = 0, rows = 0;  // of the other
+
+  float* place() { return lines[now]; }
+  void begin(int64_t panel, int64_t other, int64_t at, int64_t count) {
+    put_away(rows);
+    now ^= 1, one = panel, two = other, first = at, row = 0, rows = count;
+  }
+  void ask() const {  // for the memory of what was just computed
+    for (int64_t r = first; r < first + rows; ++r)
+      for (int p = 0; p < (job.end == End::GATE ? 1 : 2); ++p)
+        __builtin_prefetch(y + r * (job.end == End::GATE ? job.size / 2 : job.size) + (p ? two : one) * WIDE, 1);
+  }
+  void put_away(int64_t count) {
+    for (const int64_t end = std::min(rows, row + count); row < end; ++row) {
+      float* line = lines[now ^ 1] + row * 2 * WIDE;
+      if (job.bias)
+        for (int p = 0; p < 2; ++p)
+          for (int64_t n = 0, at = (p ? two : one) * WIDE; n < WIDE && at < job.size; ++n, ++at)
+            line[p * WIDE + n] += job.bias[at];
+      if (job.end == End::GATE) {
+        const v16 gate = as_kept<Number>(load(line)), up = as_kept<Number>(load(line + WIDE));
+        store(y + (first + row) * (job.size / 2) + one * WIDE, gated(gate, up));
+      } else {
+        finish(job, line, first + row, one, y);
+        if (two != one) finish(job, line + WIDE, first + row, two, y);
+      }
+    }
+  }
+};
+
+// Panels are walked in pairs that are half of all panels apart: two streams through memory, each without a gap, and what
+// is asked for beyond the end of a panel is what is read next.
 template <Kind KIND, typename Number>
 void run(const Job& job, Number* y) {
   const int64_t panels = (job.size + WIDE - 1) / WIDE, pairs = (panels + 1) / 2;
@@ -308,11 +369,10 @@ void run(const Job& job, Number* y) {
   tiles = KIND != Kind::FLOAT && tiles_allowed();
 #endif
   at::parallel_for(0, pairs, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) float out[ROWS * 2 * WIDE];
+    Sums<Number> sums{job, y};
     int64_t shaped = 0;
-    for (int64_t pair = begin; pair < end; ++pair) {
-      const int64_t one = 2 * pair, two = std::min(2 * pair + 1, panels - 1);
-      const int64_t start = one * WIDE, width = std::min<int64_t>(2 * WIDE, job.size - start);
+    for (int64_t one = begin; one < end; ++one) {
+      const int64_t two = one + pairs < panels ? one + pairs : one;
       for (int64_t first = 0; first < job.rows; first += ROWS) {
         const int64_t rows = std::min(ROWS, job.rows - first);
 #if defined(TILES)
@@ -323,15 +383,12 @@ void run(const Job& job, Number* y) {
           shaped = rows;
         }
 #endif
-        pair_of_panels<KIND>(job, one, two, first, rows, tiles, out);
-        for (int64_t r = 0; r < rows; ++r) {
-          float* line = out + r * 2 * WIDE;
-          if (job.bias)
-            for (int64_t n = 0; n < width; ++n) line[n] += job.bias[start + n];
-          put(y + (first + r) * job.size + start, line, width);
-        }
+        sums.ask();
+        pair_of_panels<KIND>(job, one, two, first, rows, tiles, sums.place(), [&] { sums.put_away(STEP); });
+        sums.begin(one, two, first, rows);
       }
     }
+    sums.put_away(ROWS);
 #if defined(TILES)
     if (shaped) _tile_release();
 #endif
@@ -381,16 +438,18 @@ void few_bits(Job job, int64_t dim, bool eight, const Number* x, Number* y) {
   eight ? run<Kind::BITS8>(job, y) : run<Kind::BITS4>(job, y);
 }
 
-at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
-                         const std::optional<at::Tensor>& bias, int64_t size, int64_t bits) {
+at::Tensor product(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
+                   const std::optional<at::Tensor>& bias, int64_t size, int64_t bits, End end,
+                   const at::Tensor& stream = {}) {
   auto shape = x.sizes().vec();
   const int64_t dim = shape.back();
-  shape.back() = size;
-  at::Tensor y = at::empty(shape, x.options());
+  shape.back() = end == End::GATE ? size / 2 : size;
+  at::Tensor y = at::empty(shape, x.options()), beside;
   Job job{};
   job.rows = x.numel() / std::max<int64_t>(dim, 1), job.size = size, job.weight = weight.data_ptr();
-  job.bias = bias ? bias->data_ptr<float>() : nullptr;
+  job.bias = bias ? bias->data_ptr<float>() : nullptr, job.end = end;
   if (!y.numel()) return y;
+  if (end == End::ADD) beside = stream.contiguous(), job.stream = beside.data_ptr();
   at::Tensor lines = x.contiguous();
   if (bits <= 8) {
     job.depth = weight.size(1) * GROUP;
@@ -412,10 +471,33 @@ at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const st
   return y;
 }
 
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
+                         const std::optional<at::Tensor>& bias, int64_t size, int64_t bits) {
+  return product(x, weight, scales, bias, size, bits, End::PLAIN);
+}
+
+at::Tensor packed_linear_add(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
+                             const std::optional<at::Tensor>& bias, int64_t size, int64_t bits,
+                             const at::Tensor& stream) {
+  return product(x, weight, scales, bias, size, bits, End::ADD, stream);
+}
+
+at::Tensor packed_swiglu(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& scales,
+                         const std::optional<at::Tensor>& bias, int64_t size, int64_t bits) {
+  TORCH_CHECK(size % (2 * WIDE) == 0, "packed_swiglu: gates must fill whole panels, size is ", size);
+  return product(x, weight, scales, bias, size, bits, End::GATE);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(edifice_cpu, library) {
   library.def("packed_linear(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int size, int bits) -> Tensor");
+  library.def("packed_linear_add(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int size, int bits, Tensor stream) -> Tensor");
+  library.def("packed_swiglu(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, int size, int bits) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(edifice_cpu, CPU, library) { library.impl("packed_linear", packed_linear); }
+TORCH_LIBRARY_IMPL(edifice_cpu, CPU, library) {
+  library.impl("packed_linear", packed_linear);
+  library.impl("packed_linear_add", packed_linear_add);
+  library.impl("packed_swiglu", packed_swiglu);
+}

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu
+from kernels.cpu.fuse import fused
 
 
 class NotRecorded(RuntimeError):
@@ -194,6 +195,8 @@ def _write(tape: Any, recorder: Recorder, nodes: list[tuple], wanted: list[int])
     for index, slot in enumerate(wanted):
         wanted[index] = same.get(slot, slot)
     kept = _needed(kept, set(wanted), written, root)
+    looked_at = {slot for slot in range(len(root)) if root[slot] in written} | set(wanted)
+    kept = fused(kept, recorder.alive.__getitem__, _slots, looked_at)
     used = {slot for _, args, _ in kept for slot in _slots(args)} | set(wanted)
     for slot in used & values.keys():
         tape.constant(slot, values[slot])

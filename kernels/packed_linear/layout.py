@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernels import check
+from kernels import check, cpu
 from kernels.quantized_matmul.quantize import quantize
 
 WIDE = 16  # rows of a panel
@@ -76,19 +76,25 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 def rows(packed: Packed, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows `ids` (...) int64 of the weight, (..., D) in `dtype`: an embedding."""
-    panel, row = ids // WIDE, ids % WIDE
-    if packed.bits == 32:
-        found = packed.weight[panel, :, row]
-    elif packed.bits == 16:
-        found = packed.weight[panel, :, :, row].flatten(-3)
-    else:
+    found = _picked(packed.weight, ids)
+    if packed.bits <= 8:
         wide = torch.promote_types(dtype, torch.float32)
-        quads = packed.weight[panel, :, :, row]  # (..., G, 16 or 8, 4)
+        quads = found.unflatten(-1, (-1, 8 * packed.bits))  # (..., G, 64 or 32)
         if packed.bits == 4:
-            quads = torch.cat([quads & 15, quads >> 4], -2)
-        numbers = quads.flatten(-2).to(wide) - (128 if packed.bits == 8 else 8)
-        found = (numbers * packed.scales_PGN[panel, :, row][..., None].to(wide)).flatten(-2)
+            quads = torch.cat([quads & 15, quads >> 4], -1)
+        scales = packed.scales_PGN[ids // WIDE, :, ids % WIDE]
+        found = ((quads.to(wide) - (128 if packed.bits == 8 else 8)) * scales[..., None].to(wide)).flatten(-2)
     return found[..., : packed.dim].to(dtype)
+
+
+def _picked(weight: Tensor, ids: Tensor) -> Tensor:
+    """What lies in the rows `ids` of panels, (..., numbers), in the weight's dtype: four bytes of every 64."""
+    fours = weight.view(torch.int32).flatten(1).unflatten(1, (-1, WIDE))
+    if cpu.serves() and weight.is_cpu:
+        found = torch.ops.edifice_cpu.picked(fours, ids).view(*ids.shape, -1)
+    else:
+        found = fours[ids // WIDE, :, ids % WIDE]
+    return found.view(weight.dtype)
 
 
 def _lines(panels: Tensor, bits: int) -> Tensor:

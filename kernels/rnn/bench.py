@@ -19,7 +19,7 @@ def cases(bench: Bench) -> Iterator[Case]:
     tokens, rows, units = (1024, 64, 1024) if bench.gpu else (256, 8, 128)
 
     def inputs():
-        return {"x_BTU": bench.randn(rows, tokens, units), "weight_U": 0.5 * bench.randn(units)}
+        return {"x_BTU": bench.randn(rows, tokens, units), "weight_U": bench.randn(units).tanh()}
 
     moved = 2 * rows * tokens * units * bench.dtype.itemsize
     yield Case(f"indrnn B{rows} T{tokens} U{units}", inputs, indrnn, 0, moved, backward=2.0)
