@@ -2,8 +2,9 @@
 
 Trains a decoder with Medusa heads and a small one that drafts for it on a part of Python's standard library that is
 small enough to be learnt well in minutes; then goes on from code of it, and from code that was held out, at 1, 8 and 32
-streams with each drafter. Each is timed right beside plain decoding, several times, and its tokens are compared with
-those of plain decoding first. Runs stay in EDIFICE_HOME: what was interrupted goes on.
+streams with each drafter. Completions differ in length, and when one of a stream ends its next begins, as in serving.
+Each drafter is timed right beside plain decoding, several times, and its tokens are compared with those of plain
+decoding first. Runs stay in EDIFICE_HOME: what was interrupted goes on.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from serve.load import load
 from serve.sampler import Sampling
 
 STREAMS = (1, 8, 32)
+EACH = 3  # completions of a stream in a run
 WARM = 8  # runs before those that are timed, at most
 SPLITS = {"train": "learnt", "val": "held out"}
 COLUMNS = ("drafter", "code", "streams", "tokens/s", "over plain", "tokens per call", "accepted")
@@ -91,20 +93,21 @@ def beside(base: Job, name: str, drafter: str, split: str, streams: int, given: 
     """One drafter and plain decoding of the same model, turn by turn. RuntimeError when their tokens differ."""
     options = {"max_rows": streams, "max_len": 512, "dtype": given.dtype, "weights": given.weights}
     plain, drafting = (load(str(run_folder(base.name)), draft=draft, **options) for draft in ("off", drafter))
-    prompts = beginnings(base, split, streams)
-    sampling = Sampling(max_tokens=given.tokens, temperature=0.0, ignore_eos=True)
-    told = [settled(engine, prompts, sampling) for engine in (plain, drafting)]
+    prompts = beginnings(base, split, EACH * streams)
+    lengths = [given.tokens // 2 + 67 * number % (given.tokens + 1) for number in range(len(prompts))]
+    samplings = [Sampling(max_tokens=length, temperature=0.0, ignore_eos=True) for length in lengths]
+    told = [settled(engine, prompts, samplings) for engine in (plain, drafting)]
     if told[0] != told[1] and given.dtype == "fp32":
         raise RuntimeError(f"{name} at {streams} streams: its tokens are not those of plain decoding")
     before, seconds = drafting.stats(), [[], []]
     for _ in range(given.times):
         for engine, times in zip((plain, drafting), seconds):
             began = time.perf_counter()
-            engine.generate(prompts, sampling)
+            engine.generate(prompts, samplings)
             times.append(time.perf_counter() - began)
     after = drafting.stats()
     drafted, accepted = (after[key] - before[key] for key in ("drafted", "accepted"))
-    made = streams * given.tokens
+    made = sum(lengths)
     ratio = statistics.median(a / b for a, b in zip(*seconds))
     calls = given.times * made - accepted
     speed = made / statistics.median(seconds[1])
@@ -113,13 +116,14 @@ def beside(base: Job, name: str, drafter: str, split: str, streams: int, given: 
     )
 
 
-def settled(engine: Engine, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-    """The tokens of completions, told again until no kind of call came for the first time and was recorded for later:
-    that is done once in the life of an engine, and takes longer than such a run."""
+def settled(engine: Engine, prompts: list[list[int]], samplings: list[Sampling]) -> list[list[int]]:
+    """The tokens of completions, told again while calls came for the first time and were recorded for later: that is
+    done once in the life of an engine, and takes longer than such a run."""
+    engine.warm()
     for _ in range(WARM):
         recorded = len(engine.call.replay.tapes)
-        told = [result.tokens for result in engine.generate(prompts, sampling)]
-        if recorded and len(engine.call.replay.tapes) == recorded:
+        told = [result.tokens for result in engine.generate(prompts, samplings)]
+        if len(engine.call.replay.tapes) == recorded:
             break
     return told
 
@@ -134,9 +138,9 @@ def beginnings(job: Job, split: str, count: int, length: int = 128) -> list[list
 def markdown(rows: list[Row], given: argparse.Namespace) -> str:
     """The table, and what it was made with."""
     about = (
-        f"Greedy, {given.tokens} tokens after 128 of code, {given.dtype}, {given.weights} weights, "
-        f"{given.threads} thread(s) of a {platform.machine()} CPU, torch {torch.__version__}; the median of "
-        f"{given.times} runs, each beside one of plain decoding.\n\n"
+        f"Greedy, {EACH} completions of each stream, of {given.tokens // 2} to {given.tokens * 3 // 2} tokens after "
+        f"128 of code, {given.dtype}, {given.weights} weights, {given.threads} thread(s) of a {platform.machine()} "
+        f"CPU, torch {torch.__version__}; the median of {given.times} runs, each beside one of plain decoding.\n\n"
         f"`python -m jobs.speculation --steps {given.steps} --tokens {given.tokens}`"
     )
     return table.page("Speculation on trained models", about, COLUMNS, [row.cells() for row in rows])

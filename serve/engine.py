@@ -13,9 +13,10 @@ import secrets
 from collections.abc import Iterable
 from collections.abc import Sequence as Items
 from dataclasses import replace
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count, islice
-from time import monotonic, perf_counter
+from time import monotonic, perf_counter, sleep
 
 import torch
 from tokenizers import Tokenizer
@@ -29,6 +30,7 @@ from serve.pace import LEAST, Pace
 from serve.prefix import PrefixCache
 from serve.prompt_logprobs import read_prompts
 from serve.prompts import Prompts
+from serve.replay import recording
 from serve.request import DEFAULT, Event, Request, Result
 from serve.sampler import Logprobs, Sampling, logprobs, sample
 from serve.scheduler import Scheduler, Sequence, Work
@@ -360,12 +362,18 @@ class Engine:
         return found
 
     def warm(self) -> None:
-        """Do now what is slow once: kernels are built, and steps of one row and of several are recorded."""
+        """Do now what is slow once: kernels are built, and steps are recorded of one row and of several, with drafts of
+        every width."""
         replay, sampling = self.call.replay, Sampling(max_tokens=2, temperature=0.0, ignore_eos=True)
         usual, replay.after, replay.aside = (replay.after, replay.aside), 1, False
         self.generate([[0, 0]], sampling)
         self.generate([[0, 0], [0, 0, 0]], sampling)
         replay.after, replay.aside = usual
+        if self.speculation is not None:
+            for rows in (1, min(2, self.memory.rows)):
+                self.speculation.ready(rows, partial(self.call.ready, range(rows)))
+            while recording():
+                sleep(0.01)
 
     # -- a whole batch -------------------------------------------------------------------------------------------
 

@@ -316,7 +316,7 @@ class StateMemory:
             self._flush(set(rows))
             state = {name: pool[at_N] for name, pool in self._slots.items()}
         if self._pools:
-            owned = max(len(self._owned[row]) for row in rows)
+            owned = max(len(self._owned.get(row, ())) for row in rows)
             seen = owned if tokens is None else min(owned, self._needed(tokens))
             width = max(2, seen)  # one more where it is one: a ring has one
             table_BN = self._table[index_N, :width].to(self.device)
@@ -324,7 +324,9 @@ class StateMemory:
         return state | {name: Pages(pool, at_N[:, None] + 1) for name, pool in self._rings.items()}
 
     def put(self, rows: tuple[int, ...], state: State) -> None:
-        """Keep what a call on `take(rows)` returned. Pages were written in place."""
+        """Keep the state that `rows` have after a call. Pages were written in place."""
+        if rows not in self._held:
+            self._flush(set(rows))
         self._held[rows] = {name: state[name] for name in self._slots}
         self._group.update(dict.fromkeys(rows, rows))
 

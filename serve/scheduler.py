@@ -171,18 +171,21 @@ class Scheduler:
             tokens = min(sequence.missing, self._left)
             if tokens <= 0:
                 continue
-            most = self._run(sequence) if self.invariant else self.room(sequence) or tokens
-            if most < tokens:
+            run, price = self._run(sequence, tokens)
+            if run < tokens:
                 self._cut.append(sequence)
-            tokens = most if self.invariant else min(tokens, most)
-            work.append((sequence, tokens))
-            self._left -= self.memory.page if self.invariant else tokens
+            work.append((sequence, run))
+            self._left -= price
         return work
 
-    def _run(self, sequence: Sequence) -> int:
-        """Tokens of the next call when they follow from the prompt alone. Few cost what a page of them does."""
-        rest = sequence.prompt - sequence.computed
-        return min(rest, self.memory.page - sequence.computed % self.memory.page) if rest > 0 else 1
+    def _run(self, sequence: Sequence, tokens: int) -> tuple[int, int]:
+        """Tokens of the next call, where a sequence may have `tokens`, and how many of the step's they are worth."""
+        if not self.invariant:
+            run = min(tokens, self.room(sequence) or tokens)
+            return run, run
+        page, rest = self.memory.page, sequence.prompt - sequence.computed
+        # They follow from the prompt alone, and few cost what a page of them does.
+        return (min(rest, page - sequence.computed % page) if rest > 0 else 1), page
 
     def _start(self, budget: int) -> None:
         """Rows for those whose turn it is, while those that run and go before them leave some of `budget`."""

@@ -10,12 +10,13 @@ How wide a draft may be is decided by what calls cost here and by how often this
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Protocol
 
 from torch import Tensor
 
 from serve.scheduler import Sequence
-from serve.width import Rate, Width
+from serve.width import FORGET, PRIOR, Rate, Width
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +92,14 @@ class Draft:
 class Drafter(Protocol):
     """What guesses. widest: of its drafts; what a width means, `size` and `gain` say as in `serve.width.Chains`.
 
-    reads: it wants `see` to be called. trees: its drafts may branch.
+    reads: it wants `see` to be called. trees: its drafts may branch. usual: making the last drafts took as long as it
+    mostly will.
     """
 
     widest: int
     reads: bool
     trees: bool
+    usual: bool
 
     def propose(self, sequences: Items[Sequence], width: int) -> list[Draft | None]:
         """For each sequence whose tokens but the last are computed a draft of at most `width`, or None."""
@@ -107,8 +110,8 @@ class Drafter(Protocol):
     def gain(self, rate: Rate, width: int) -> float:
         """Tokens that are expected of a call with it, for a row with such a rate."""
 
-    def settled(self, rows: int) -> bool:
-        """Whether drafts for so many rows take as long as they always will."""
+    def ready(self, rows: int) -> bool:
+        """Whether drafts for so many rows are made as fast as they ever will; sees to it that they are."""
 
     def see(self, sequence: Sequence, outputs: Outputs) -> None:
         """What the model said to the last tokens of `sequence` that were computed."""
@@ -124,8 +127,14 @@ class Speculation:
         self.drafter, self.width = drafter, Width(drafter.widest, drafter)
         self.drafts = self.drafted = self.accepted = 0
         self._rates: dict[int, Rate] = {}
-        self._typical = Rate()
+        self._typical = PRIOR  # rate of a sequence that nothing is known about
         self._came = 0  # tokens of the last call that were right
+        self._making = 0.0  # seconds that its drafts took
+
+    def ready(self, rows: int, ready: Callable[[int], bool]) -> bool:
+        """Whether drafts of every width are made and checked as fast as they ever will be. ready: as `Width.choose`."""
+        lengths = [1 + self.drafter.size(width) for width in self.width.widths]
+        return all([ready(tokens) for tokens in lengths]) and self.drafter.ready(rows)
 
     def propose(
         self, sequences: Items[Sequence], room: Callable[[Sequence], int], ready: Callable[[int], bool]
@@ -134,31 +143,43 @@ class Speculation:
 
         room: steps one has left. ready: as of `Width.choose`.
         """
-        self._came = 0
-        rates = [self._rates.setdefault(sequence.id, Rate(self._typical.value)) for sequence in sequences]
-        width = self.width.choose(rates, ready)
+        self._came, self._making = 0, 0.0
+        rates, rows = [self._rate(sequence) for sequence in sequences], len(sequences)
+        width = self.width.choose(rates, lambda tokens: ready(tokens) and (tokens == 1 or self.drafter.ready(rows)))
         if not width:
             return [None] * len(sequences)
+        begin = perf_counter()
         drafts = self.drafter.propose(sequences, width)
+        self._making = perf_counter() - begin
         self.width.covered(sum(draft is not None for draft in drafts) / len(drafts))
         return [draft and draft.cut(room(sequence)) for sequence, draft in zip(sequences, drafts)]
 
     def timed(self, rows: int, tokens: int, seconds: float) -> None:
         """The call that drafts were asked for had so many `tokens` for each of `rows` rows and took, with making them,
         so long."""
-        if tokens == 1 or self.drafter.settled(rows):
-            self.width.add(rows, tokens, seconds, self._came)
+        if tokens > 1:
+            self.width.add(rows, tokens, seconds, self._came, self.drafter.usual)
+        else:
+            self.width.add(rows, 1, seconds - self._making)
+            self.width.spend(rows, self._making)
 
     def learn(self, sequence: Sequence, draft: Draft, path: Items[int]) -> None:
         """`path` of `draft` was accepted."""
         steps = max(draft.depths())
         self._rates[sequence.id].add(len(path), steps)
-        self._typical.add(len(path), steps)
         self._came += len(path)
         self.drafts += 1
         self.drafted += len(draft.tokens)
         self.accepted += len(path)
 
     def forget(self, sequence: Sequence) -> None:
-        self._rates.pop(sequence.id, None)
+        rate = self._rates.pop(sequence.id, None)
+        if rate is not None and rate.drafts:
+            self._typical += FORGET * (rate.value - self._typical)
         self.drafter.forget(sequence)
+
+    def _rate(self, sequence: Sequence) -> Rate:
+        rate = self._rates.get(sequence.id)
+        if rate is None:
+            rate = self._rates[sequence.id] = Rate(self._typical)
+        return rate

@@ -7,12 +7,14 @@ hold, c the part of rows that something was drafted for lately. Plain decoding, 
 a wider call must win by a margin.
 
 That is an estimate, and drafts live on credit, so that no wrong one can make decoding slow. It is counted in plain
-calls: ALLOWANCE for each of them, up to SPARE; a call with drafts adds the plain calls that it saved, up to SAVED, or
-takes those that it cost. A width that could cost more than there is, should nothing be right, is not chosen.
+calls: FIRST at once, for a drafter has to be tried, and ALLOWANCE for each plain call, up to SPARE; a call with drafts
+adds the plain calls that it saved, up to SAVED, or takes those that it cost. A width that could cost more than there
+is, should nothing be right, is not chosen.
 
 What is not done is not measured: while drafts are made a plain call is made now and then. While none are, a small draft
-is when the credit is there, and what is known of other widths fades. Calls are as long as one of LENGTHS, so that each
-kind can be recorded once (`serve.replay`); one that is not yet recorded would be slow and is not chosen.
+is once there is credit for it and to go on after it, and what is known of other widths fades. Calls are as long as one
+of LENGTHS, so that each kind can be recorded once (`serve.replay`); one that is not yet recorded would be slow and is
+not chosen.
 """
 
 from bisect import bisect_left, insort
@@ -24,13 +26,13 @@ LENGTHS = (2, 4, 8, 16, 32)  # tokens of calls that check drafts; what is shorte
 
 MARGIN = 1.05  # by which drafting must look faster than plain decoding
 PROBE = 64  # calls between two looks at what is not done, at least
-ALLOWANCE, SPARE, SAVED = 0.01, 2.0, 6.0
-_FADE = 0.9  # of what is known of calls with drafts, at each such look
-_FORGET = 0.1  # weight of a new guess that held or not
+ALLOWANCE, SPARE, SAVED, FIRST = 0.01, 8.0, 64.0, 16.0
+_FADE = 0.97  # of what is known of calls with drafts, at each such look
+FORGET = 0.1  # weight of a new guess that held or not, and of a sequence that ended
 _LATEST = 8  # measurements of which the least counts: no call is faster than it can be, and many are disturbed
 _RETHINK = 8  # calls without drafts, in which nothing new is learnt of them, until it is asked again whether they pay
 _SLOW = 4.0  # a call that takes so many times as long as expected was disturbed, and costs no more
-_PRIOR = 0.6  # of guesses of a drafter nothing is known about
+PRIOR = 0.6  # of guesses of a drafter nothing is known about
 
 
 class Times:
@@ -90,18 +92,19 @@ class Times:
 
 
 class Rate:
-    """How often guesses of one sequence hold, from how far its drafts were followed."""
+    """How often guesses of one sequence hold, from how far its drafts were followed. drafts: there were so far."""
 
-    __slots__ = ("value",)
+    __slots__ = ("value", "drafts")
 
-    def __init__(self, value: float = _PRIOR) -> None:
-        self.value = value
+    def __init__(self, value: float = PRIOR) -> None:
+        self.value, self.drafts = value, 0
 
     def add(self, accepted: int, steps: int) -> None:
         """Of a draft of `steps` steps the first `accepted` held."""
+        self.drafts += 1
         tries = accepted + (accepted < steps)
         for hit in (1.0,) * accepted + (0.0,) * (tries - accepted):
-            self.value += _FORGET * (hit - self.value)
+            self.value += FORGET * (hit - self.value)
 
     def tokens(self, steps: int) -> float:
         """Expected tokens of a call that checks `steps` steps."""
@@ -112,7 +115,7 @@ class Rate:
 class Chains:
     """What a width means to those that draft chains: so many tokens. For trees another class says."""
 
-    trees = False
+    trees, usual = False, True
 
     def size(self, width: int) -> int:
         """Tokens of a draft."""
@@ -122,8 +125,8 @@ class Chains:
         """Tokens that are expected of a call with it, for a row with such a rate."""
         return rate.tokens(width)
 
-    def settled(self, rows: int) -> bool:
-        """Whether drafts for so many rows take as long as they always will."""
+    def ready(self, rows: int) -> bool:
+        """Whether drafts for so many rows are made as fast as they ever will; sees to it that they are."""
         return True
 
 
@@ -146,27 +149,41 @@ class Width:
         self.widths = [width for width in range(1, widest + 1) if 1 + drafts.size(width) in LENGTHS]
         # What looks slow is not chosen, and so not measured again soon.
         self.plain, self.calls = Times(sure=2), Times(sure=2)
-        self.credit = SPARE
+        self.credit = FIRST
         self._same = 0  # calls since it was last seen what the other way brings
+        self._looking = False
+        self._look = 0.0  # plain calls that the last look at a small draft cost, making it included
         self._drafted = False
         self._covered = 1.0
 
     def covered(self, part: float) -> None:
         """`part` of the rows have drafts."""
-        self._covered += _FORGET * (part - self._covered)
+        self._covered += FORGET * (part - self._covered)
 
-    def add(self, rows: int, tokens: int, seconds: float, came: int = 0) -> None:
+    def add(self, rows: int, tokens: int, seconds: float, came: int = 0, usual: bool = True) -> None:
         """A call of `tokens` tokens for each of `rows` rows, one of them known, took so long; `came` drafted tokens
-        were right."""
+        were right. usual: calls of this kind take as long; others cost as much, and nothing is learnt from them."""
         if tokens == 1:
             self.plain.add(rows, seconds)
             self.credit += max(0.0, min(ALLOWANCE, SPARE - self.credit))
             return
         columns, plain = rows * tokens, self.plain(rows)
-        if columns in self.calls and plain:  # what a kind costs is learnt once
-            cost = min(seconds, _SLOW * self.calls(columns)) / plain
-            self.credit = min(self.credit + 1 + came / rows - cost, SAVED)
-        self.calls.add(columns, seconds)
+        if plain and (columns in self.calls or not usual):  # what a kind costs is learnt once
+            most = _SLOW * self.calls(columns) if usual else seconds
+            self._charge(min(seconds, most) / plain - 1)
+            self.credit = min(self.credit + came / rows, SAVED)
+        if usual:
+            self.calls.add(columns, seconds)
+
+    def spend(self, rows: int, seconds: float) -> None:
+        """Drafts for `rows` rows were asked for, and there were none."""
+        if plain := self.plain(rows):
+            self._charge(seconds / plain)
+
+    def _charge(self, calls: float) -> None:
+        self.credit -= calls
+        if self._looking:
+            self._look, self._looking = calls, False
 
     def choose(self, rates: Items[Rate], ready: Callable[[int], bool] = _always) -> int:
         """Width of the next drafts for rows with such rates, 0 for none.
@@ -178,9 +195,10 @@ class Width:
         width = self._best(rates) if self._drafted or self._same % _RETHINK == 0 else 0
         self._same = self._same + 1 if bool(width) == self._drafted else 0
         self._drafted = bool(width)
-        if self._same >= PROBE and (width or self.credit >= SPARE):
+        if self._same >= PROBE and (width or self.credit >= min(1 + 2 * self._look, SPARE)):
             self._same = 0
             self.calls.fade()
+            self._looking = not width
             width = 0 if width else self.widths[0]
         return width if not width or ready(1 + self.drafts.size(width)) else 0
 

@@ -48,7 +48,6 @@ class DraftModel(Chains):
         self._call = Step(model, self.memory)
         self._followers: dict[int, Sequence] = {}  # by the id of the sequence each follows
         self._last: _Guesses | None = None
-        self._settled = False
 
     def propose(self, sequences: Items[Sequence], width: int) -> list[Draft | None]:
         drafts: list[Draft | None] = [None] * len(sequences)
@@ -61,7 +60,6 @@ class DraftModel(Chains):
         own = [sequences[index] for index, _ in ready]
         samplings = [sequence.sampling for sequence in own]
         rows = tuple(follower.row for follower in followers)
-        self._settled = self._call.ready(rows, 1)  # its steps are recorded at once: they come often
         read, moments = [[follower.tokens[-1]] for follower in followers], [self.memory.take(rows)]
         for step in range(width + 1):  # the last guess is read too: then the next draft begins with one token
             ids_B1 = torch.tensor([tokens[-1:] for tokens in read], device=self.memory.device)
@@ -76,28 +74,29 @@ class DraftModel(Chains):
             drafts[index] = Draft.chain(tokens[1:])
         return drafts
 
-    def settled(self, rows: int) -> bool:
-        return self._settled
+    def ready(self, rows: int) -> bool:
+        return self._call.ready(range(rows), 1)
 
     def _keep(self, last: "_Guesses") -> None:
         """What was computed of guesses that turned out right is the state now."""
         self._last = None
-        if any(self._followers.get(follower.id) is not follower for follower in last.followers):
-            return  # a row belongs to another now
+        here = [index for index, follower in enumerate(last.followers) if self._followers.get(follower.id) is follower]
         held = []
-        for follower, read in zip(last.followers, last.read):
+        for follower, read in ((last.followers[index], last.read[index]) for index in here):
             known = follower.tokens[follower.computed : -1]
             right = (index for index, (ours, theirs) in enumerate(zip(read, known)) if ours != theirs)
             held.append(next(right, min(len(read), len(known))))
             follower.computed += held[-1]
-        rows_B = torch.arange(len(held), device=self.memory.device)
+        if not here:
+            return
+        here_B = torch.tensor(here, device=self.memory.device)
         held_B = torch.tensor(held, device=self.memory.device)
         state = {
-            name: torch.stack([moment[name] for moment in last.moments])[held_B, rows_B]
+            name: torch.stack([moment[name] for moment in last.moments])[held_B, here_B]
             for name, value in last.moments[0].items()
             if isinstance(value, Tensor)  # what grows was written in place: the length says how much of it counts
         }
-        self.memory.put(tuple(follower.row for follower in last.followers), state)
+        self.memory.put(tuple(last.followers[index].row for index in here), state)
 
     def _catch_up(self, sequences: Items[Sequence], width: int) -> list[tuple[int, Sequence]]:
         """Computes known tokens but the last; of each row that then lacks only that its index and its follower."""
@@ -109,6 +108,7 @@ class DraftModel(Chains):
                 if self.memory.grow(follower.row, len(sequence.tokens) + width):
                     found.append((index, follower))
         parts = [Part(row, min(row.missing - 1, self.chunk)) for _, row in found if row.missing > 1]
+        self.usual = not parts
         if parts:
             self._call(parts)
             for part in parts:

@@ -30,7 +30,7 @@ _OBSERVED = 4  # rows a step learns from: their guesses were right or wrong much
 class MedusaHeads:
     """model: a decoder whose head is `medusa`. accuracy: of each head's ranks, as above; at first a guess."""
 
-    reads = trees = True
+    reads = trees = usual = True
 
     def __init__(self, model: Decoder) -> None:
         if not isinstance(model.head, Medusa):
@@ -56,7 +56,7 @@ class MedusaHeads:
     def gain(self, rate: Rate, width: int) -> float:
         return 1 + self._worth[SIZES[width - 1] - 1]
 
-    def settled(self, rows: int) -> bool:
+    def ready(self, rows: int) -> bool:
         return True
 
     def propose(self, sequences: Items[Sequence], width: int) -> list[Draft | None]:
