@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +42,15 @@ def test_fixed_state_follows_its_row_through_other_groups():
     expected = {0: 2 + 0.0, 1: 2 + 1 * (1 + 10 + 1000 + 10000), 2: 2 + 2 * (1 + 10 + 100 + 10000)}
     for row in rows:
         assert memory.take((row,))["sum"][0, 0].item() == expected[row]
+
+
+def test_state_may_be_put_for_some_of_the_rows_that_were_taken():
+    memory = make()
+    both = tuple(memory.allocate(4) for _ in range(2))
+    fixed = {name: value for name, value in memory.take(both).items() if isinstance(value, Tensor)}
+    memory.put(both, {**fixed, "sum": torch.tensor([[5.0] * 3, [6.0] * 3])})
+    memory.put(both[:1], {name: value[:1] for name, value in fixed.items()} | {"sum": torch.full((1, 3), 7.0)})
+    assert memory.take(both)["sum"][:, 0].tolist() == [7.0, 6.0]
 
 
 def test_pages_of_a_row_keep_their_order_when_it_grows():

@@ -84,13 +84,14 @@ def test_guesses_are_the_draft_models_own_whatever_became_of_those_before(name):
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
-    drafter, said = DraftModel(small, 4, 128), []
+    drafter, said, usual = DraftModel(small, 4, 128), [], []
     propose = drafter.propose
 
     def noted(sequences, width):
         width = 1 + len(said) % 7
         drafts = propose(sequences, width)
         said.extend((list(row.tokens), draft.tokens) for row, draft in zip(sequences, drafts) if draft)
+        usual.append(drafter.usual)
         return drafts
 
     drafter.propose = noted
@@ -98,6 +99,7 @@ def test_guesses_are_the_draft_models_own_whatever_became_of_those_before(name):
     found = engine(model, drafter)
     found.generate(PROMPTS, sampling)
     assert 0 < found.speculation.accepted < found.speculation.drafted
+    assert usual.count(False) == 1  # the prompts are read; a row that ends does not make the others read theirs again
     alone = engine(small)
     for tokens, guesses in said[::5]:
         [own] = alone.generate([tokens], Sampling(max_tokens=len(guesses), temperature=0.0, ignore_eos=True))
