@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from models.state import Pages, TensorSpec
 from serve.memory import Start, StateMemory
