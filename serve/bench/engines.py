@@ -25,7 +25,7 @@ def edifice(folder: Path, form: str, threads: int, simple: bool) -> Generate:
 
     dtype = form if form in ("fp32", "bf16") else "bf16"
     engine = load(str(folder / "edifice"), dtype=dtype, weights=form, max_len=LENGTH)
-    engine.call.replay.after, engine.call.replay.aside = 1, False  # recorded while it warms up
+    engine.warm()
 
     def generate(prompts: list[list[int]], tokens: int, tell: Tell) -> None:
         sampling = Sampling(max_tokens=tokens, temperature=0, ignore_eos=True)
