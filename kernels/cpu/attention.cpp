@@ -290,11 +290,15 @@ void attend(const Call& c, int64_t row, int64_t from, int64_t to, Scratch& scrat
     const bool last = after >= end && row + 1 < c.rows;  // then the next row is what comes
     met(run, last ? beginning(row + 1) : coming);
   }
-  // Documents that begin in this call, and trees: columns as they come, in runs of one index each.
-  for (int64_t j : others) {
-    const int64_t lane = at[j] % RUN;
-    Run run(at[j] - lane, zeros);
-    put_fresh(run, lane, j);
+  // Documents that begin in this call, in the same runs as if they were remembered, and trees, of which siblings have one
+  // index: a column at a time.
+  for (size_t i = 0; i < others.size();) {
+    const int64_t first = others[i];
+    Run run(at[first] / RUN * RUN, zeros);
+    for (int64_t index = at[first]; i < others.size() && index < run.begin + RUN; ++index, ++i) {
+      if (at[others[i]] != index || segment(others[i]) != segment(first) || (c.parents && others[i] != first)) break;
+      put_fresh(run, index - run.begin, others[i]);
+    }
     met(run, Run(run.begin, zeros));
   }
 
