@@ -15,9 +15,13 @@ Node = tuple[Any, list, list[int]]  # an op, its arguments in the order of its s
 _PANEL = 32  # gates fill pairs of panels
 
 
-def fused(nodes: list[Node], shapes: Callable[[int], Tensor], slots: Callable[[list], list[int]], kept: set[int]):
-    """The nodes with fewer passes. shapes: of a slot's tensor; slots: among arguments; kept: whose memory is looked at
-    from elsewhere, or written."""
+def fused(
+    nodes: list[Node], shapes: Callable[[int], Tensor], slots: Callable[[list], list[int]], kept: set[int]
+) -> list[Node]:
+    """The nodes with fewer passes.
+
+    shapes: of a slot the tensor. slots: those among arguments. kept: whose memory others look at, or is written.
+    """
     maker = {result: index for index, (_, _, results) in enumerate(nodes) for result in results}
     readers = Counter(slot for _, args, _ in nodes for slot in slots(args))
     gone: set[int] = set()
