@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 FORMS = ("", "reference", "chunked", "triton")
 FORM = os.environ.get("EDIFICE_KERNELS", "")
@@ -107,7 +108,10 @@ class Form:
         # more there than a small tensor's arithmetic. Autocast stays outside the op.
         recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
         recorded = recorded or torch.is_autocast_enabled(args[0].device.type)
-        outputs = (self.op if recorded else self.run)(*args)
+        try:
+            outputs = (self.op if recorded else self.run)(*args)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            outputs = self.op(*args)  # a tape is recorded, without numbers, which this function looks at: one op then
         if not self.saved:
             return outputs
         outputs = outputs[: -self.saved]

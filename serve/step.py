@@ -14,7 +14,7 @@ from models.decoder import Decoder
 from models.span import Span
 from models.state import State, select
 from serve.memory import StateMemory
-from serve.replay import Replay, recording
+from serve.replay import RUNS, Replay, filled, recording
 from serve.scheduler import Sequence
 from serve.speculative import Draft, Outputs
 from serve.width import LENGTHS
@@ -107,16 +107,19 @@ class Step:
         rows = tuple(part.sequence.row for part in parts)
         lengths = [part.columns for part in parts]
         width, drafting = max(lengths), any(part.draft for part in parts)
+        prompts = width > 1 and not drafting and self.device.type == "cpu"
         if drafting:
             width = next((length for length in LENGTHS if length >= width), width)
+        elif prompts:
+            width = filled(width, len(parts))
         ids = []
         for part, length in zip(parts, lengths):
             start = part.sequence.computed
             guesses = part.draft.tokens if part.draft else ()
             ids.append([*part.sequence.tokens[start : start + part.tokens], *guesses, *[0] * (width - length)])
         ids_BT, segments_BT = torch.tensor(ids, device=self.device), None
-        if min(lengths) < width:
-            lengths_B1 = torch.tensor(lengths, device=self.device)[:, None]
+        lengths_B1 = torch.tensor(lengths, device=self.device)[:, None]
+        if min(lengths) < width or (prompts and width in RUNS):
             segments_BT = -(torch.arange(width, device=self.device) >= lengths_B1).long()
         keep, parents_BT = (width if drafting else 0), None
         tree = drafting and (self.trees or any(part.draft is not None and part.draft.branches for part in parts))
@@ -125,9 +128,10 @@ class Step:
         state = self.memory.take(rows, max(part.sequence.computed + part.columns for part in parts))
         wanted = [(row, column) for row, part in enumerate(parts)
                   for column in range(lengths[row] - part.wanted, lengths[row])]  # fmt: skip
-        played = self.replay(ids_BT, state, segments_BT, keep, parents_BT)
+        played = self.replay(ids_BT, state, segments_BT, keep, parents_BT, lengths_B1 - 1)
         if played is not None:
             x_BTD, _, state, logits_BTC = played
+            wanted = [(row, min(column, logits_BTC.shape[1] - 1)) for row, column in wanted]
             return Call(parts, x_BTD, self._picked(logits_BTC, wanted), state, self.memory, tree, not recording())
         usual = self.replay.settled(width, len(rows), segments_BT is None, keep, parents_BT is None)
         x_BTD, at, state = self.model.hidden(ids_BT, state, segments_BT, keep, parents_BT=parents_BT)
@@ -139,6 +143,11 @@ class Step:
         keep = 0 if tokens == 1 or self.trees else tokens
         chain = tokens == 1 or not self.trees
         return self.replay.ready(tokens, len(rows), keep, chain, lambda: self.memory.take(tuple(rows)))
+
+    def ready_for_prompts(self, longest: int) -> bool:
+        """The same of calls for one prompt of at most so many tokens."""
+        runs = [run for run in RUNS if run < 2 * longest]  # shorter prompts are padded to them
+        return all([self.replay.ready(run, 1, 0, True, lambda: self.memory.take((0,))) for run in runs])
 
     def onward(self, ids_B1: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits (B, C) after one more token of each row, and the state then, which is the caller's to keep or drop."""

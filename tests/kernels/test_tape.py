@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import op
 from kernels.cpu.tape import NotRecorded, Tape
 
 
@@ -107,3 +108,31 @@ def test_a_dict_is_the_same_in_whatever_order_it_was_filled():
     a, b = torch.rand(2, 3), torch.rand(2, 3)
     found = tape(2, 3, {"b": b, "a": a})
     assert torch.equal(found["a"], a * 2) and torch.equal(found["b"], b + 1)
+
+
+def test_a_kernel_that_looks_at_numbers_is_one_op():
+    """At sizes that were not recorded, with other numbers: what it looks at when it is played is what counts."""
+    look = op.Op("looks", _first, _first, _empty, differentiable=False)
+
+    def function(x, count):
+        return (look(x * 2, count) + 1,)
+
+    def example(b, n):
+        return torch.randn(b, 4), torch.tensor(2)
+
+    tape = Tape(function, example, (2, 8), (1, 1))
+    assert tape.ops == 3
+    for b, count in ((3, 0), (5, 1), (8, 4)):
+        x, count = torch.randn(b, 4), torch.tensor(count)
+        with torch.inference_mode():
+            assert torch.equal(tape(b, 1, x, count)[0], function(x, count)[0])
+
+
+def _first(x: Tensor, count: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, : int(count)] = x[:, : int(count)]
+    return y
+
+
+def _empty(x: Tensor, count: Tensor) -> Tensor:
+    return torch.empty_like(x)

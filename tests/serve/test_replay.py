@@ -6,6 +6,7 @@ import torch
 import models
 from models import quant
 from serve.engine import Engine
+from serve.replay import RUNS, filled
 from serve.sampler import Sampling
 from tests.serve.test_speculative import Prophet
 
@@ -13,7 +14,7 @@ RECORDED = ["gqa", "sliding_window", "hybrid"]
 
 
 def served(model, after, **options):
-    engine = Engine(model, max_rows=4, max_len=96, **options)
+    engine = Engine(model, **{"max_rows": 4, "max_len": 96} | options)
     engine.call.replay.after, engine.call.replay.aside = after, False
     return engine
 
@@ -40,10 +41,38 @@ def test_tokens_are_the_models_own(name):
 
 def test_a_model_whose_path_depends_on_numbers_runs_itself():
     torch.manual_seed(0)
-    model = models.build("moe")
+    model = models.build("dual_chunk_attention")
     played = served(model, 1)
     assert answers(played) == answers(served(model, 10**9))
     assert tapes(played) and not any(tapes(played))
+
+
+@pytest.mark.parametrize("name, weights", [("gqa", ""), ("hybrid", "int4"), ("moe", "")])
+def test_prompts_of_any_length_are_played_as_the_model_computes_them(name, weights):
+    """Alone and in company, in chunks and whole, with a past and without. A kernel of moe looks at numbers."""
+    torch.manual_seed(0)
+    model = models.build(name, vocab=64)
+    if weights:
+        model = quant.pack(model, weights)
+    options = {"chunk": 100, "max_len": 300, "prefix_cache": False}  # which would cut prompts at its blocks
+    plain, played = (served(model, after, **options) for after in (10**9, 1))
+    sampling = Sampling(max_tokens=3, temperature=0, ignore_eos=True, logprobs=2)
+    prompts = [[1 + i % 60, *range(2, 50), *range(1, 61)] * 3 for i in range(22)]
+    prompts = [prompt[:length] for prompt, length in zip(prompts, (1, 2, 7, 9, 12, 16, 33, 100, 128, 129, 250) * 2)]
+    for group in [*([prompt] for prompt in prompts[:11]), prompts[10:14], prompts[14:]]:
+        want, found = (engine.generate(group, sampling) for engine in (plain, played))
+        assert [one.tokens for one in found] == [one.tokens for one in want]
+        for one, other in zip(want, found):
+            for a, b in zip(one.logprobs, other.logprobs):
+                assert dict(b.top) == pytest.approx(dict(a.top), abs=2e-2 if weights else 1e-4)
+    kinds = played.call.replay.tapes
+    prompted = {tokens: tape for (tokens, alone, _, keep, chain), tape in kinds.items() if tokens > 1}
+    assert prompted.keys() == set(RUNS) and all(prompted.values())
+
+
+def test_a_prompt_is_padded_as_far_as_it_pays():
+    assert [filled(tokens, 1) for tokens in (2, 8, 9, 64, 65, 128, 129)] == [8, 8, 16, 64, 128, 128, 129]
+    assert [filled(tokens, 8) for tokens in (2, 8, 9, 32, 33, 56)] == [8, 8, 16, 32, 33, 64]
 
 
 def test_drafts_are_played_too():
@@ -88,8 +117,6 @@ def test_an_engine_that_is_warm_has_its_tapes():
     torch.manual_seed(0)
     engine = Engine(models.build("gqa"), max_rows=4, max_len=96)
     engine.warm()
-    assert {alone: bool(tape) for (tokens, alone, *_), tape in engine.call.replay.tapes.items() if tokens == 1} == {
-        True: True,
-        False: True,
-    }
+    kinds = {key[:2]: bool(tape) for key, tape in engine.call.replay.tapes.items()}
+    assert kinds == dict.fromkeys([(1, True), (1, False), (8, False), *((run, True) for run in RUNS)], True)
     assert not engine.busy and engine.memory.free_rows == engine.memory.rows
