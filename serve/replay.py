@@ -72,7 +72,7 @@ class Replay:
         """
         rows, tokens = ids_BT.shape
         key = (tokens, rows == 1, segments_BT is None, keep, parents_BT is None)
-        if not ids_BT.is_cpu or not _recorded_once(key):
+        if not ids_BT.is_cpu or not _recordable(key):
             return None
         pages = _pages(state)
         self._seen[key] += 1
@@ -92,7 +92,7 @@ class Replay:
         state: gives that of such a call, and is asked only then.
         """
         keys = [(tokens, rows == 1, whole, keep, chain) for whole in ((True, False) if tokens > 1 else (True,))]
-        keys = [key for key in keys if _recorded_once(key)] if self.model.embedding.weight.is_cpu else []
+        keys = [key for key in keys if _recordable(key)] if self.model.embedding.weight.is_cpu else []
         for key in keys:
             if key not in self._tapes:
                 self._tapes[key] = _submitted(self._recorded, key, state())
@@ -102,7 +102,7 @@ class Replay:
         """Whether calls of such a kind run as they always will."""
         key = (tokens, rows == 1, whole, keep, chain)
         tape = self._tapes.get(key)
-        return not _recorded_once(key) or not self.model.embedding.weight.is_cpu or (tape is not None and tape.done())
+        return not _recordable(key) or not self.model.embedding.weight.is_cpu or (tape is not None and tape.done())
 
     @property
     def tapes(self) -> dict[_Key, Tape | None]:
@@ -153,8 +153,8 @@ def _is_prompt(key: _Key) -> bool:
     return tokens > 1 and not keep and chain
 
 
-def _recorded_once(key: _Key) -> bool:
-    """Whether calls of this kind are recorded when there are many of them."""
+def _recordable(key: _Key) -> bool:
+    """Whether calls of this kind are recorded once there were many of them."""
     tokens, _, whole, *_ = key
     return tokens in RUNS and not whole if _is_prompt(key) else tokens <= FEW
 

@@ -146,7 +146,7 @@ class Step:
 
     def ready_for_prompts(self, longest: int) -> bool:
         """The same of calls for one prompt of at most so many tokens."""
-        runs = [run for run in RUNS if run < 2 * longest]  # shorter prompts are padded to them
+        runs = [run for run in RUNS if run <= filled(longest, 1)]
         return all([self.replay.ready(run, 1, 0, True, lambda: self.memory.take((0,))) for run in runs])
 
     def onward(self, ids_B1: Tensor, state: State) -> tuple[Tensor, State]:
