@@ -363,15 +363,15 @@ class Engine:
 
     def warm(self) -> None:
         """Do now what is slow once: kernels are built, and steps are recorded of one row and of several, with drafts of
-        every width, and of one short prompt."""
+        every width and of short prompts."""
         replay, sampling = self.call.replay, Sampling(max_tokens=2, temperature=0.0, ignore_eos=True)
         usual, replay.after, replay.aside = (replay.after, replay.aside), 1, False
         self.generate([[0, 0]], sampling)
         self.generate([[0, 0], [0, 0, 0]], sampling)
         replay.after, replay.aside = usual
-        self.call.ready_for_prompts(min(self.pace.chunk, self.memory.longest))
-        if self.speculation is not None:
-            for rows in (1, min(2, self.memory.rows)):
+        for rows in (1, min(2, self.memory.rows)):
+            self.call.ready_for_prompts(range(rows), min(self.pace.chunk, self.memory.longest))
+            if self.speculation is not None:
                 self.speculation.ready(rows, partial(self.call.ready, range(rows)))
         while recording():
             sleep(0.01)

@@ -144,10 +144,10 @@ class Step:
         chain = tokens == 1 or not self.trees
         return self.replay.ready(tokens, len(rows), keep, chain, lambda: self.memory.take(tuple(rows)))
 
-    def ready_for_prompts(self, longest: int) -> bool:
-        """The same of calls for one prompt of at most so many tokens."""
+    def ready_for_prompts(self, rows: Items[int], longest: int) -> bool:
+        """The same of calls for a prompt of at most so many tokens in each of `rows`."""
         runs = [run for run in RUNS if run <= filled(longest, 1)]
-        return all([self.replay.ready(run, 1, 0, True, lambda: self.memory.take((0,))) for run in runs])
+        return all([self.replay.ready(run, len(rows), 0, True, lambda: self.memory.take(tuple(rows))) for run in runs])
 
     def onward(self, ids_B1: Tensor, state: State) -> tuple[Tensor, State]:
         """Logits (B, C) after one more token of each row, and the state then, which is the caller's to keep or drop."""

@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 import urllib.request
-from functools import partial
 
 from cluster import session
 from serve.bench.engines import LENGTH
@@ -42,14 +41,20 @@ def uvicorn(folder: str, threads: int, port: int) -> None:
     import torch
     import uvicorn
 
+    from serve.engine import Engine
     from serve.http.api import create_app
     from serve.http.served import Served, Service
     from serve.load import load
     from serve.worker import Worker, aside
 
     torch.set_num_threads(threads)
-    engine = aside(partial(load, folder, dtype="bf16", max_len=LENGTH))
-    worker = Worker(engine)
+
+    def warmed() -> Engine:
+        engine = load(folder, dtype="bf16", max_len=LENGTH)
+        engine.warm()
+        return engine
+
+    worker = Worker(aside(warmed))
     app = create_app(Service.of(Served.local(worker, "llama")))
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
     thread = threading.Thread(target=server.run)

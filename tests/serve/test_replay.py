@@ -1,5 +1,7 @@
 """A recorded step says what the model says, for rows, pages and drafts of any number."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -118,5 +120,5 @@ def test_an_engine_that_is_warm_has_its_tapes():
     engine = Engine(models.build("gqa"), max_rows=4, max_len=96)
     engine.warm()
     kinds = {key[:2]: bool(tape) for key, tape in engine.call.replay.tapes.items()}
-    assert kinds == dict.fromkeys([(1, True), (1, False), (8, False), *((run, True) for run in RUNS)], True)
+    assert kinds == dict.fromkeys(product((1, *RUNS), (True, False)), True)
     assert not engine.busy and engine.memory.free_rows == engine.memory.rows
