@@ -1,8 +1,9 @@
 """A function of tensors recorded once as a list of torch ops and then played in C++, where no Python is left.
 
-Recording runs the function on tensors without numbers, so one whose path depends on numbers cannot be recorded and
-says so. What depends on no input is computed at once, and what is computed twice is computed once: layers that each
-ask for the same angles or pages get them from the first.
+Recording runs the function on tensors without numbers, so one whose path depends on numbers cannot be recorded and says
+so; a kernel that looks at them (`kernels.op`) is one op, and does so when it is played. What depends on no input is
+computed at once, and what is computed twice is computed once: layers that each ask for the same angles or pages get
+them from the first.
 """
 
 from collections.abc import Callable
