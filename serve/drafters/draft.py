@@ -75,7 +75,7 @@ class DraftModel(Chains):
         return drafts
 
     def ready(self, rows: int) -> bool:
-        return self._call.ready(range(rows), 1)
+        return self._call.ready(range(min(rows, self.memory.rows)), 1)  # others are not drafted for
 
     def _keep(self, last: "_Guesses") -> None:
         """What was computed of guesses that turned out right is the state now."""

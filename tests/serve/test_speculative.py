@@ -116,6 +116,18 @@ def test_a_draft_model_guesses_up_to_the_last_token_that_fits():
     assert drafted.speculation.accepted == drafted.speculation.drafted > 0
 
 
+def test_a_draft_model_with_fewer_rows_drafts_for_some():
+    torch.manual_seed(1)
+    model = models.build("gated_deltanet")
+    sampling = Sampling(max_tokens=40, temperature=0, ignore_eos=True)
+    drafted = Engine(model, max_rows=4, max_len=128, drafter=DraftModel(model, 2, 128))
+    drafted.warm()
+    assert [r.tokens for r in drafted.generate(PROMPTS, sampling)] == [
+        r.tokens for r in engine(model).generate(PROMPTS, sampling)
+    ]
+    assert drafted.speculation.ready(4, lambda tokens: True)
+
+
 def test_logprobs_penalties_and_stops_are_those_of_plain_decoding():
     torch.manual_seed(1)
     model = models.build("gqa")
