@@ -3,6 +3,9 @@
 Results of several blocks of keys make those of all: with l = logsumexp of the lse, y = sum(exp(lse_i - l) * y_i); and
 with this l and delta = sum(dy * y) of the whole, each block's gradients are its share of the whole ones.
 
+lse is subtracted from logits of its size, and what it is rounded by are relative errors of all weights: so it is in
+float64, a number a head.
+
 A query at p sees a key at j of the same document (equal segment numbers, none negative) where, if causal, j <= p and,
 with a window, j > p - window. Neither function is recorded by autograd.
 """
@@ -31,7 +34,7 @@ def attend(
     window: int = 0,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """y (B, T, H, V) and lse (B, T, H), both in fp32 at least; 0 and -inf where a query sees nothing.
+    """y (B, T, H, V) in fp32 at least and lse (B, T, H) in float64; 0 and -inf where a query sees nothing.
 
     Positions and segments int64; segments both None: one document.
     """
@@ -42,21 +45,22 @@ def attend(
 
         q, k, v = (lined(x) for x in (q_BTHK, k_BSGK, v_BSGV))
         y, lse_BHT = flash.forward(q, k, v, Places(*places), None, None, scale, window, causal, 0.0, torch.float32)
-        return y, lse_BHT.transpose(1, 2) * math.log(2)
+        return y, lse_BHT.transpose(1, 2).double() * math.log(2)
     rows, tokens, heads, _ = q_BTHK.shape
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
     y_BTHV = q_BTHK.new_zeros(rows, tokens, heads, v_BSGV.shape[3], dtype=wide)
-    lse_BTH = q_BTHK.new_full((rows, tokens, heads), -torch.inf, dtype=wide)
+    lse_BTH = q_BTHK.new_full((rows, tokens, heads), -torch.inf, dtype=torch.float64)
     q = _grouped(silence(q_BTHK, q_segments_BT), k_BSGK.shape[2], wide)
     k, v = (silence(x, k_segments_BS).to(wide).transpose(1, 2) for x in (k_BSGK, v_BSGV))
     for queries, keys, sees in _blocks(places, window, causal):
-        logits = _logits(q[:, :, queries], k[:, :, keys], sees, scale)
+        # In the order of `attend_grad`: logits with the same roundings, or else a weight near 1 would not be so there.
+        logits = _logits(q[:, :, queries].flip(2), k[:, :, keys], sees.flip(1), scale)
         top = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
         weights = torch.exp(logits - top)
         total = weights.sum(-1, keepdim=True)  # 0 where nothing is seen
         y = (weights.flatten(2, 3) @ v[:, :, keys]).view(*total.shape[:4], -1) / torch.where(total > 0, total, 1)
-        lse = (top + total.log())[..., 0]
-        y_BTHV[:, queries], lse_BTH[:, queries] = _flat(y), _flat(lse[..., None])[..., 0]
+        lse = (top + total.double().log())[..., 0]
+        y_BTHV[:, queries], lse_BTH[:, queries] = _flat(y.flip(2)), _flat(lse[..., None].flip(2))[..., 0]
     return y_BTHV, lse_BTH
 
 
@@ -91,14 +95,15 @@ def attend_grad(
     groups = k_BSGK.shape[2]
     wide = torch.promote_types(q_BTHK.dtype, torch.float32)
     q, g = (_grouped(silence(x, q_segments_BT), groups, wide) for x in (q_BTHK, dy_BTHV))
-    lse, delta = (_grouped(x[..., None], groups, wide) for x in (lse_BTH, delta_BTH))
+    lse = lse_BTH.clamp(min=torch.finfo(wide).min)
+    lse, rest, delta = (_grouped(x[..., None], groups, wide) for x in (lse, lse - lse.to(wide), delta_BTH))
     k, v = (silence(x, k_segments_BS).to(wide).transpose(1, 2) for x in (k_BSGK, v_BSGV))
     dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     for queries, keys, sees in _blocks(places, window, causal, reverse=True):
         # The last query first: see `chunked._backwards`.
-        qb, gb, lse_b, delta_b = (x[:, :, queries].flip(2) for x in (q, g, lse, delta))
+        qb, gb, lse_b, rest_b, delta_b = (x[:, :, queries].flip(2) for x in (q, g, lse, rest, delta))
         logits = _logits(qb, k[:, :, keys], sees.flip(1), scale)
-        weights = torch.exp(logits - lse_b.clamp(min=torch.finfo(wide).min)).flatten(2, 3)
+        weights = logits.sub_(lse_b).sub_(rest_b).exp_().flatten(2, 3)
         gb, qb = gb.flatten(2, 3), qb.flatten(2, 3)
         found = weights * (gb @ v[:, :, keys].transpose(-1, -2) - delta_b.flatten(2, 3)) * scale
         dq[:, :, queries] = (found @ k[:, :, keys]).view(*lse_b.shape[:4], -1).flip(2)

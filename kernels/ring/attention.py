@@ -178,10 +178,10 @@ def forward(
         at = ring.places(ring.rank, queries, q), ring.places(ring.before(step), columns, q)
         part, part_lse = attend(q, k, v, *at, q_in, inside, scale, window, causal)
         if step == 0:  # a rank sees all of its own pieces
-            y, lse = part, part_lse.double()  # of many small steps; a number a head, so it costs nothing
+            y, lse = part, part_lse
         else:
             merge(y[:, queries], lse[:, queries], part, part_lse)
-    return y.to(q_BTHK.dtype), lse.to(y.dtype)
+    return y.to(q_BTHK.dtype), lse
 
 
 def grad(args, outputs, grads, needs) -> list[Tensor]:
@@ -190,7 +190,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     (y, lse), (dy,) = outputs, grads
     ring = Ring(exchange.resolve(group), q_BTHK.shape[1], window, causal, balance)
     keys = Keys(ring, k_BTGK, v_BTGV, segments_BT)
-    delta = (dy.to(lse.dtype) * y).sum(-1)
+    delta = (dy.to(torch.promote_types(dy.dtype, torch.float32)) * y).sum(-1)
     dq = dk = dv = None
     home, homes = None, None  # gradients of our keys under way to us, and which keys those are
     for step in range(ring.ranks):
@@ -229,8 +229,8 @@ def _add(sums, columns: slice | None, parts: list[Tensor]) -> None:
 
 
 def _fake(q_BTHK, k_BTGK, v_BTGV, segments_BT, group, scale, window, causal, balance):
-    wide = torch.promote_types(q_BTHK.dtype, torch.float32)
-    return q_BTHK.new_empty(*q_BTHK.shape[:3], v_BTGV.shape[3]), q_BTHK.new_empty(q_BTHK.shape[:3], dtype=wide)
+    y = q_BTHK.new_empty(*q_BTHK.shape[:3], v_BTGV.shape[3])
+    return y, q_BTHK.new_empty(q_BTHK.shape[:3], dtype=torch.float64)
 
 
 def _once(*args):

@@ -9,6 +9,7 @@ length, and no query sees a block that ends after it.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
@@ -103,6 +104,20 @@ def room(view: kernels.View, at: Span, block: int) -> int:
     return -(-max(view.capacity, at.positions_BT.shape[1]) // block)
 
 
+def level(scores: Tensor) -> Tensor:
+    """Scores that only rounding tells apart, as their largest: in descending order each is within 32 eps of the next.
+
+    Summaries know no positions, so a text that repeats itself has blocks of equal scores, and rounding would choose
+    among them: a token computed alone, in company or as a draft would not read the same ones.
+    """
+    falling, order = torch.sort(scores, dim=-1, descending=True)
+    before, after = falling[..., :-1], falling[..., 1:]
+    apart = before - after > 32 * torch.finfo(scores.dtype).eps * before.abs()
+    places = torch.arange(scores.shape[-1], device=scores.device)
+    first = torch.where(F.pad(apart, (1, 0), value=True), places, 0).cummax(-1).values
+    return torch.empty_like(scores).scatter_(-1, order, falling.gather(-1, first))
+
+
 def pick(choice: Choice, score_BTGJ: Tensor, at: Span, *, block: int, initial: int, local: int, count: int) -> Tensor:
     """The blocks each token reads exactly, (B, T, G, N) int64, -1 for none.
 
@@ -114,7 +129,8 @@ def pick(choice: Choice, score_BTGJ: Tensor, at: Span, *, block: int, initial: i
     numbers_J = torch.arange(score_BTGJ.shape[-1], device=device)
     rest_BT1J = ((numbers_J >= initial) & (numbers_J <= here_BT1 - local))[:, :, None]
     # Not -inf: two scores of -inf differ by nan, which no test could tell from a tie.
-    chosen_BTGN = choice(score_BTGJ.detach().masked_fill(~rest_BT1J, torch.finfo(score_BTGJ.dtype).min), count)
+    open_BTGJ = score_BTGJ.detach().masked_fill(~rest_BT1J, torch.finfo(score_BTGJ.dtype).min)
+    chosen_BTGN = choice(level(open_BTGJ), count)
     chosen_BTGN = torch.where(rest_BT1J.expand_as(score_BTGJ).gather(3, chosen_BTGN), chosen_BTGN, -1)
     first_BTN = torch.arange(initial, device=device).expand(*here_BT1.shape[:2], -1)
     near_BTN = (here_BT1 - torch.arange(local, device=device)).clamp(min=-1)

@@ -56,7 +56,7 @@ def _forward(
 def _grad(args, outputs, grads, needs) -> list[Tensor]:
     q_PBTHK, k_BSGK, v_BSGV, q_positions_PBT, k_positions_BS, q_segments_PBT, k_segments_PBS, scale = args
     (y, lse), (dy,) = outputs, grads
-    delta = (dy.to(lse.dtype) * y).sum(-1)
+    delta = (dy.to(torch.promote_types(dy.dtype, torch.float32)) * y).sum(-1)
     dq, dk, dv = [], 0, 0
     sets = zip(q_PBTHK, q_positions_PBT, q_segments_PBT, k_segments_PBS, strict=True)
     for q_BTHK, at_BT, inside_BT, keys_BS in sets:
@@ -81,9 +81,8 @@ def written_out(
 
 
 def _fake(q_PBTHK, k_BSGK, v_BSGV, *rest) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(q_PBTHK.dtype, torch.float32)
     shape = q_PBTHK.shape[1:4]
-    return v_BSGV.new_empty(*shape, v_BSGV.shape[3]), q_PBTHK.new_empty(shape, dtype=wide)
+    return v_BSGV.new_empty(*shape, v_BSGV.shape[3]), q_PBTHK.new_empty(shape, dtype=torch.float64)
 
 
 _op = op.register("merged_attention", _forward, _fake, grad=_grad, saved=1, twice=written_out, whole=True)

@@ -13,26 +13,61 @@ from torch import Tensor
 from kernels import op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DRAWS = 8
 
 
-def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "result", eps: float = 0.0) -> None:
-    """Max error of `ours` at most twice that of `plain`, with a floor of 4 eps of the largest exact value.
+class Errors:
+    """The largest errors of ours and of plain torch, by name, over any number of draws.
 
     eps: of the dtype the call computes in, where that is coarser than the result's: a state in fp32 that bf16 inputs
     made has been through products of bf16 numbers.
     """
-    assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}"
-    assert ours.dtype == plain.dtype, f"{what}: dtype {ours.dtype}, want {plain.dtype}"
-    if exact.numel() == 0:
-        return
-    if not exact.is_floating_point() and not exact.is_complex():
-        assert torch.equal(ours, exact), f"{what}: not the same integers"
-        return
-    assert ours.isfinite().all(), f"{what}: not finite"
-    floor = 4 * max(eps, torch.finfo(ours.dtype).eps) * exact.abs().max().item()
-    wide = torch.complex128 if exact.is_complex() else torch.float64
-    error, allowed = ((x.to(wide) - exact).abs().max().item() for x in (ours, plain))
-    assert error <= max(2 * allowed, floor), f"{what}: error {error:.3g}, plain torch {allowed:.3g}, floor {floor:.3g}"
+
+    def __init__(self, eps: float = 0.0) -> None:
+        self.eps = eps
+        self.largest: dict[str, tuple[float, float, float]] = {}  # ours, plain torch's, the floor
+
+    def add(self, what: str, ours: Tensor, plain: Tensor, exact: Tensor) -> None:
+        assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, want {tuple(exact.shape)}"
+        assert ours.dtype == plain.dtype, f"{what}: dtype {ours.dtype}, want {plain.dtype}"
+        if exact.numel() == 0:
+            return
+        if not exact.is_floating_point() and not exact.is_complex():
+            assert torch.equal(ours, exact), f"{what}: not the same integers"
+            return
+        wide = torch.complex128 if exact.is_complex() else torch.float64
+        error, allowed = ((x.to(wide) - exact).abs().max().item() for x in (ours, plain))
+        error = error if ours.isfinite().all() else torch.inf
+        floor = 4 * max(self.eps, torch.finfo(ours.dtype).eps) * exact.abs().max().item()
+        self.largest[what] = tuple(map(max, (error, allowed, floor), self.largest.get(what, (0.0, 0.0, 0.0))))
+
+    def wrong(self) -> str:
+        """What is more than twice as wrong as plain torch, with a floor of 4 eps of the largest exact value."""
+        for what, (error, allowed, floor) in self.largest.items():
+            if error > max(2 * allowed, floor):
+                return f"{what}: error {error:.3g}, plain torch {allowed:.3g}, floor {floor:.3g}"
+        return ""
+
+
+def assert_as_good(ours: Tensor, plain: Tensor, exact: Tensor, what: str = "result", eps: float = 0.0) -> None:
+    errors = Errors(eps)
+    errors.add(what, ours, plain, exact)
+    assert not errors.wrong(), errors.wrong()
+
+
+def judge(measure: Callable[[int, Errors], None], eps: float = 0.0, anywhere: Callable[[bool], bool] = bool) -> None:
+    """Asserts that what `measure(draw, errors)` adds is as good as plain torch.
+
+    The largest error of a few numbers is chance, plain torch's as much as ours, and another one on each machine. So
+    where the first draw is not good enough, the largest errors of DRAWS draws decide. anywhere: whether any of the
+    processes that measure together saw something wrong.
+    """
+    errors = Errors(eps)
+    measure(0, errors)
+    if anywhere(bool(errors.wrong())):
+        for draw in range(1, DRAWS):
+            measure(draw, errors)
+    assert not errors.wrong(), errors.wrong()
 
 
 @contextmanager
@@ -75,14 +110,20 @@ def chain(
 ) -> dict[str, Tensor]:
     """Hold a form to the definition on these inputs; returns its results."""
     inputs = placed(inputs)
-    with using("reference"):
-        exact, plain = (results(call, x, differentiable) for x in (widened(inputs), inputs))
-    with using(form):
-        ours = results(call, inputs, differentiable)
-    eps = max((torch.finfo(x.dtype).eps for x in inputs.values() if moves(x)), default=0.0)
-    for what, x in ours.items():
-        assert_as_good(x, plain[what], exact[what], f"{form}: {what}", eps)
-    return ours
+    first: dict[str, Tensor] = {}
+
+    def measure(draw: int, errors: Errors) -> None:
+        drawn = shaken(inputs, draw)
+        with using("reference"):
+            exact, plain = (results(call, x, differentiable) for x in (widened(drawn), drawn))
+        with using(form):
+            ours = results(call, drawn, differentiable)
+        for what, x in ours.items():
+            errors.add(f"{form}: {what}", x, plain[what], exact[what])
+            first.setdefault(what, x)
+
+    judge(measure, max((torch.finfo(x.dtype).eps for x in inputs.values() if moves(x)), default=0.0))
+    return first
 
 
 def moves(x: Tensor | None) -> bool:
@@ -93,6 +134,18 @@ def moves(x: Tensor | None) -> bool:
 def placed(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
     """The inputs on the device under test."""
     return {n: x if x is None else x.to(DEVICE) for n, x in inputs.items()}
+
+
+def shaken(inputs: dict[str, Tensor | None], draw: int) -> dict[str, Tensor | None]:
+    """The same problem with other roundings: each floating number up to two last places smaller. Draw 0: as it is."""
+    if draw == 0:
+        return inputs
+    random = torch.Generator().manual_seed(draw)
+
+    def smaller(x: Tensor) -> Tensor:
+        return x * (1 - 2 * torch.finfo(x.dtype).eps * torch.rand(x.shape, generator=random)).to(x)
+
+    return {n: smaller(x) if moves(x) else x for n, x in inputs.items()}
 
 
 def widened(inputs: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
