@@ -71,21 +71,25 @@ void sums_float(const Job& job, int64_t first, const float* const panel[2], floa
     for (int p = 0; p < 2; ++p) store(out + r * 2 * WIDE + p * WIDE, sum[r][p]);
 }
 
+// Of pairs of columns: what a dot product of the processor takes, and where it has none, their halves as floats.
 template <int R>
 void sums_bfloat(const Job& job, int64_t first, const uint32_t* const panel[2], float* out) {
-  const uint32_t* x = static_cast<const uint32_t*>(job.x) + first * job.depth / 2;
+  const int64_t pairs = job.depth / 2;
+  const uint32_t* x = static_cast<const uint32_t*>(job.x) + first * pairs;
   v16 sum[R][2] = {};
-  for (int64_t d = 0; d < job.depth / 2; ++d) {
-    v16 low[2], high[2];
-    for (int p = 0; p < 2; ++p) {
-      u16 both = load(panel[p] + d * WIDE);
-      low[p] = as_float(both << 16), high[p] = as_float(both & 0xffff0000u);
-      ahead(panel[p] + d * WIDE);
-    }
+  for (int64_t d = 0; d < pairs; ++d) {
+    const u16 w[2] = {load(panel[0] + d * WIDE), load(panel[1] + d * WIDE)};
+    ahead(panel[0] + d * WIDE), ahead(panel[1] + d * WIDE);
     for (int r = 0; r < R; ++r) {
-      uint32_t both = x[r * job.depth / 2 + d];
-      float a = as_float(both << 16), b = as_float(both & 0xffff0000u);
-      for (int p = 0; p < 2; ++p) sum[r][p] += a * low[p], sum[r][p] += b * high[p];
+      const uint32_t both = x[r * pairs + d];
+      for (int p = 0; p < 2; ++p) {
+#if defined(__AVX512BF16__)
+        sum[r][p] = (v16)_mm512_dpbf16_ps((__m512)sum[r][p], (__m512bh)_mm512_set1_epi32(both), (__m512bh)w[p]);
+#else
+        sum[r][p] += as_float(both << 16) * as_float(w[p] << 16);
+        sum[r][p] += as_float(both & 0xffff0000u) * as_float(w[p] & 0xffff0000u);
+#endif
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -259,17 +263,14 @@ void tiles_bits(const Job& job, int64_t first, int64_t rows, const uint8_t* cons
 
 // -- rows of x -------------------------------------------------------------------------------------------------------
 
-// The sums of up to 32 rows, four at a time where there are no tiles.
-template <typename Few>
-void in_fours(int64_t first, int64_t rows, float* out, Few&& few) {
-  for (int64_t r = 0; r < rows; r += 4, out += 4 * 2 * WIDE) {
-    switch (std::min<int64_t>(rows - r, 4)) {
-      case 1: few(std::integral_constant<int, 1>{}, first + r, out); break;
-      case 2: few(std::integral_constant<int, 2>{}, first + r, out); break;
-      case 3: few(std::integral_constant<int, 3>{}, first + r, out); break;
-      default: few(std::integral_constant<int, 4>{}, first + r, out);
-    }
-  }
+// The sums of up to 32 rows where there are no tiles: so many at a time that their sums stay in registers.
+constexpr int FEW = 8;
+
+template <int R = FEW, typename Few>
+void in_few(int64_t first, int64_t rows, float* out, Few&& few) {
+  for (; rows >= R; first += R, rows -= R, out += R * 2 * WIDE) few(std::integral_constant<int, R>{}, first, out);
+  if constexpr (R > 1)
+    if (rows) in_few<R - 1>(first, rows, out, few);
 }
 
 enum class Kind { FLOAT, BFLOAT, BITS8, BITS4 };
@@ -281,7 +282,7 @@ void pair_of_panels(const Job& job, int64_t one, int64_t two, int64_t first, int
   if constexpr (KIND == Kind::FLOAT) {
     const float* base = static_cast<const float*>(job.weight);
     const float* const panel[2] = {base + one * job.depth * WIDE, base + two * job.depth * WIDE};
-    in_fours(first, rows, out, [&](auto count, int64_t at, float* to) {
+    in_few(first, rows, out, [&](auto count, int64_t at, float* to) {
       sums_float<decltype(count)::value>(job, at, panel, to);
     });
   } else if constexpr (KIND == Kind::BFLOAT) {
@@ -292,7 +293,7 @@ void pair_of_panels(const Job& job, int64_t one, int64_t two, int64_t first, int
 #endif
     const uint32_t* const pairs[2] = {reinterpret_cast<const uint32_t*>(panel[0]),
                                       reinterpret_cast<const uint32_t*>(panel[1])};
-    in_fours(first, rows, out, [&](auto count, int64_t at, float* to) {
+    in_few(first, rows, out, [&](auto count, int64_t at, float* to) {
       sums_bfloat<decltype(count)::value>(job, at, pairs, to);
     });
   } else {
@@ -304,7 +305,7 @@ void pair_of_panels(const Job& job, int64_t one, int64_t two, int64_t first, int
 #if defined(TILES)
     if (tiles && rows > 4) return tiles_bits<BITS>(job, first, rows, panel, scales, out);
 #endif
-    in_fours(first, rows, out, [&](auto count, int64_t at, float* to) {
+    in_few(first, rows, out, [&](auto count, int64_t at, float* to) {
       sums_bits<BITS, decltype(count)::value>(job, at, panel, scales, to);
     });
   }
