@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from models.decoder import Decoder
 from serve.grammar import GrammarError, Grammars
 from serve.memory import StateMemory
-from serve.pace import LEAST, Pace
+from serve.pace import Pace
 from serve.prefix import PrefixCache
 from serve.prompt_logprobs import read_prompts
 from serve.prompts import Prompts
@@ -41,6 +41,7 @@ from serve.text import TextStream
 from serve.timing import Timing
 
 EOS, END = "<|eos|>", "<|end|>"  # of a document, and of a turn in a chat
+PIECE = 64  # tokens of a page at least, where each call computes one
 
 
 class Engine:
@@ -90,7 +91,7 @@ class Engine:
             raise ValueError(f"preempt={preempt!r}: must be 'recompute' or 'offload'")
         if batch_invariant and drafter is not None:
             raise ValueError("batch_invariant: drafts are checked in calls that plain decoding does not make")
-        page = max(page, LEAST) if batch_invariant else page  # a call computes one page of a prompt
+        page = max(page, PIECE) if batch_invariant else page
         spec = model.state_spec(max_len)
         self.memory = StateMemory(spec, max_rows, max_len, memory_bytes, page, self.device, sharing=prefix_cache)
         self.cache = PrefixCache(self.memory) if prefix_cache else None

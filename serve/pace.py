@@ -1,11 +1,11 @@
 """How many prompt tokens a step may compute beside those that generate, so that a stream never stutters.
 
-    tokens = max n with  t(decoding) + a + b n <= SLACK max(t(live), usual)
+    tokens = max n with  t(decoding) + a + b n <= SLACK usual t(live)
 
 t is the measured time of a call that generates one token for each of so many rows; a + b n, a line through what was
-measured lately, that of a call for n prompt tokens; usual the median time of steps. A step with prompt tokens in it
-then lasts at most SLACK times a step of all rows that are there or wait, so that the slowest gaps of a stream stay
-below twice the usual one. Where prompts never stop coming, steps with prompts become the usual ones, and grow until
+measured lately, that of a call for n prompt tokens; usual the median of steps, in units of t(live) and at least 1. A
+step with prompt tokens in it then lasts at most SLACK times a step of all rows that are there or wait, so that the
+slowest gaps of a stream stay below twice the usual one. Where prompts never stop coming, steps with prompts become the usual ones, and grow until
 they keep up. With nothing generating a step lasts as long as somebody who comes may wait for it; and it never takes so
 little that it does little else than read weights.
 """
@@ -15,7 +15,7 @@ from serve.width import Times
 SLACK = 1.8
 MOST = 2.0  # times a step of all rows that the usual one may last
 LONGEST = 0.25  # seconds of a step in which nothing is generated
-LEAST = 64  # tokens
+LEAST = 32  # tokens
 FIRST = 256  # tokens of a step before it is known how long they take
 _FORGET = 0.1  # weight of a new measurement
 _MEDIAN = 0.005  # part by which the median moves at each step
@@ -58,7 +58,7 @@ class Pace:
             raise ValueError(f"chunk={chunk}: must be at least 1 token")
         self.chunk = chunk
         self._generating, self._computing = Times(), Line()
-        self._usual = self._share = 0.0
+        self._usual, self._plain, self._share = 1.0, 0.0, 0.0
 
     def generated(self, rows: int, seconds: float) -> None:
         """A call that gave one token to each of `rows` rows took so long."""
@@ -71,7 +71,8 @@ class Pace:
     def stepped(self, seconds: float) -> None:
         """The step that `room` was asked for took so long. For as many tokens the median moves up as down."""
         if self._share:
-            self._usual *= 1 + _MEDIAN * self._share * (1 if seconds > self._usual else -1)
+            self._usual *= 1 + _MEDIAN * self._share * (1 if seconds > self._usual * self._plain else -1)
+            self._usual = min(max(self._usual, 1.0), MOST)
 
     def room(self, decoding: int, live: int) -> int:
         """Prompt tokens of the next step, in which `decoding` rows of `live` that are wanted generate."""
@@ -80,8 +81,7 @@ class Pace:
             return min(self.chunk, FIRST)
         seconds = LONGEST
         if decoding:
-            plain = self._generating(live)
-            self._usual = min(max(self._usual, plain), MOST * plain)
-            seconds = SLACK * self._usual - self._generating(decoding)
+            self._plain = self._generating(live)
+            seconds = SLACK * self._usual * self._plain - self._generating(decoding)
         a, b = self._computing.coefficients()
         return min(self.chunk, max(LEAST, int((seconds - a) / b)))

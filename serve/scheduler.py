@@ -21,7 +21,7 @@ from math import inf
 from time import perf_counter
 
 from serve.memory import Offload, StateMemory
-from serve.pace import Pace
+from serve.pace import LEAST, Pace
 from serve.prefix import PrefixCache, Trail
 from serve.sampler import Logprobs, Sampling
 from serve.shaping import Shaper
@@ -165,11 +165,14 @@ class Scheduler:
         return self._parts(cut)
 
     def _parts(self, sequences: Iterable[Sequence]) -> Work:
-        """Of each as many tokens as the step has left, and as one call may compute."""
+        """Of each as many tokens as the step has left, and as one call may compute.
+
+        None is begun for the sake of a few tokens: its next call would cost as much as one for all of them.
+        """
         work = []
         for sequence in sequences:
             tokens = min(sequence.missing, self._left)
-            if tokens <= 0:
+            if tokens <= 0 or (work and tokens < min(sequence.missing, LEAST)):
                 continue
             run, price = self._run(sequence, tokens)
             if run < tokens:

@@ -216,8 +216,8 @@ def test_a_step_with_prompts_takes_no_longer_than_streams_bear():
         pace.stepped(0.035)
     assert pace.room(32, 32) == pytest.approx(((SLACK - 1) * 35 - 10) / 0.1, abs=10)
     for _ in range(1000):
-        pace.generated(32, 0.020)
-        pace.stepped(0.020)
+        pace.generated(32, 0.015)
+        pace.stepped(0.015)
     assert pace.room(32, 32) == LEAST
     for _ in range(100):
         pace.generated(32, 0.035)
