@@ -17,7 +17,9 @@ from torch import nn
 
 import models
 from kernels import View
-from models.layers.compressed import Blocks
+from models.layers.choice import Choice
+from models.layers.compressed import Blocks, level
+from models.layers.compressed import pick as chosen
 from models.layers.merged import merged_attention, written_out
 from models.mixers.dual_chunk_attention import DualChunkAttention
 from models.mixers.gqa import GQA
@@ -99,6 +101,23 @@ def test_completed_blocks(pick):
 
 
 # -- InfLLM-V2 -------------------------------------------------------------------------------------------------------
+
+
+def test_rounding_does_not_choose_among_equal_blocks():
+    """A text of a few phrases that come again and again: whatever the last bits of its scores, the same are read."""
+    at, count = span(2, 60), 15
+    phrases = torch.randint(4, (2, 1, 3, count))
+    scores = (torch.rand(2, 1, 3, 4) + 0.5).gather(3, phrases).expand(2, 60, 3, count)
+    options = {"block": 4, "initial": 1, "local": 2, "count": 5}
+    want = chosen(Choice(), scores, at, **options)
+    kept = set()
+    for draw in range(5):
+        noisy = scores * (1 + 1e-6 * torch.rand(scores.shape, generator=torch.Generator().manual_seed(draw)))
+        assert torch.equal(chosen(Choice(), noisy, at, **options), want)
+        kept.add(torch.equal(torch.sort(noisy, dim=-1, stable=True)[1], torch.sort(scores, dim=-1, stable=True)[1]))
+    assert kept == {False}  # the noise does change the order
+    assert torch.equal(level(scores * 1.5), scores * 1.5)  # and what differs stays as it is
+    assert level(scores[..., :0]).shape == (2, 60, 3, 0)
 
 
 def infllm_mask(mixer, q_BTHK, k_BTGK):

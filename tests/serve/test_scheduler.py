@@ -231,6 +231,34 @@ def test_a_step_with_prompts_takes_no_longer_than_streams_bear():
         Pace(0)
 
 
+def test_a_slow_first_call_does_not_linger():
+    """It was compiled, recorded or disturbed: what streams bear is told by those that came after it."""
+    slow, plain = Pace(chunk=3000), Pace(chunk=3000)
+    for pace in (slow, plain):
+        pace.computed(100, 0.020)
+        pace.generated(32, 0.6 if pace is slow else 0.035)
+        pace.room(32, 32)
+        pace.stepped(0.6 if pace is slow else 0.035)
+        for _ in range(3):
+            pace.generated(32, 0.035)
+            pace.room(32, 32)
+            pace.stepped(0.035)
+    assert slow.room(32, 32) <= plain.room(32, 32)
+
+
+def test_no_prompt_is_begun_for_a_few_tokens(model):
+    """Beside whole prompts a step has room for a piece of another one only where it is worth a call."""
+    engine = Engine(model, max_rows=4, max_len=128, prefix_cache=False)
+    for seed in range(3):
+        engine.submit(Request([seed + 1] * 40, greedy(2)))
+    parts, own = [], engine.scheduler._parts
+    engine.scheduler._parts = lambda sequences: parts.append([tokens for _, tokens in own(sequences)]) or []
+    for room, want in ((60, [40]), (LEAST + 40, [40, LEAST]), (85, [40, 40]), (20, [20])):
+        engine.pace.room = lambda decoding, live, room=room: room
+        engine.scheduler.plan()
+        assert parts[-1] == want
+
+
 @pytest.mark.parametrize("paced", [True, False])
 def test_streams_do_not_stutter_when_prompts_come(paced, monkeypatch):
     """On a machine whose calls take 6 ms, and 0.7 ms for a generated token or 0.3 ms for one of a prompt."""
