@@ -5,9 +5,9 @@
 t is the measured time of a call that generates one token for each of so many rows; a + b n, a line through what was
 measured lately, that of a call for n prompt tokens; usual the median of steps, in units of t(live) and at least 1. A
 step with prompt tokens in it then lasts at most SLACK times a step of all rows that are there or wait, so that the
-slowest gaps of a stream stay below twice the usual one. Where prompts never stop coming, steps with prompts become the usual ones, and grow until
-they keep up. With nothing generating a step lasts as long as somebody who comes may wait for it; and it never takes so
-little that it does little else than read weights.
+slowest gaps of a stream stay below twice the usual one. Where prompts never stop coming, steps with prompts become the
+usual ones, and grow until they keep up. With nothing generating a step lasts as long as somebody who comes may wait for
+it; and it never takes so little that it does little else than read weights.
 """
 
 from serve.width import Times
