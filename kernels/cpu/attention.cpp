@@ -122,12 +122,12 @@ void meet(Query* queries, const Number* const* keys, const Number* const* values
   float keep[QUERIES];
   for (int h = 0; h < QUERIES; ++h) {
     Query& query = queries[h];
-    v16 score = scores<CHANNELS>(query, keys, h ? nullptr : coming_keys, K) * scale;
+    v16 score = scores<CHANNELS>(query, keys, h ? nullptr : coming_keys, K) * all(scale);
     if (softcap > 0)
       for (int n = 0; n < RUN; ++n) score[n] = softcap * std::tanh(score[n] / softcap);
     score = (bits & static_cast<int32_t>(mine)) != 0 ? score + bias[h] : all(NEVER);
     const float most = std::max(query.most, largest(score));
-    const v16 weight = exponential(score - most);
+    const v16 weight = exponential(score - all(most));
     keep[h] = query.most == most ? 1.f : query.most == NEVER ? 0.f : exponential(all(query.most - most))[0];
     query.most = most, query.mass = query.mass * keep[h] + total(weight);
     store(weights[h], weight);
@@ -136,13 +136,13 @@ void meet(Query* queries, const Number* const* keys, const Number* const* values
   for (int64_t i = 0; i < V; i += WIDTH) {
     v16 sum[QUERIES][2];
     for (int h = 0; h < QUERIES; ++h)
-      for (int half = 0; half < 2; ++half) sum[h][half] = load(queries[h].sum + i + half * 16) * keep[h];
+      for (int half = 0; half < 2; ++half) sum[h][half] = load(queries[h].sum + i + half * 16) * all(keep[h]);
 #pragma GCC unroll 16
     for (int n = 0; n < RUN; ++n) {
       v16 one, two;
       if (coming_values) ask(coming_values[n] + i);
       channels(values[n] + i, one, two);
-      for (int h = 0; h < QUERIES; ++h) sum[h][0] += weights[h][n] * one, sum[h][1] += weights[h][n] * two;
+      for (int h = 0; h < QUERIES; ++h) sum[h][0] += all(weights[h][n]) * one, sum[h][1] += all(weights[h][n]) * two;
     }
     for (int h = 0; h < QUERIES; ++h)
       for (int half = 0; half < 2; ++half) store(queries[h].sum + i + half * 16, sum[h][half]);
@@ -308,7 +308,7 @@ void attend(const Call& c, int64_t row, int64_t from, int64_t to, Scratch& scrat
       const float inverse = segment(t) < 0 || query.mass == 0 ? 0.f : 1 / query.mass;
       const int64_t out = ((row * c.tokens + t) * c.heads + from * shared + h) * c.v.size;
       for (int64_t i = 0; i < V; i += WIDTH) {
-        const v16 one = load(query.sum + i) * inverse, two = load(query.sum + i + 16) * inverse;
+        const v16 one = load(query.sum + i) * all(inverse), two = load(query.sum + i + 16) * all(inverse);
         if constexpr (std::is_same_v<Number, bfloat>)
           store_pairs(reinterpret_cast<bfloat*>(y) + out + i, one, two);
         else

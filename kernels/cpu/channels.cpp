@@ -55,7 +55,7 @@ at::Tensor rms_norm(const at::Tensor& x, const std::optional<at::Tensor>& weight
         }
         const float scale = 1 / std::sqrt(total(squares) / dim + static_cast<float>(eps));
         for (int64_t i = 0; i < dim; i += 16) {
-          v16 part = some(from + r * dim + i, dim - i) * scale;
+          v16 part = some(from + r * dim + i, dim - i) * all(scale);
           if (w) part *= some(w + i, dim - i);
           keep(to + r * dim + i, part, dim - i);
         }

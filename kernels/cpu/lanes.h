@@ -10,6 +10,26 @@ typedef float v16 __attribute__((vector_size(64)));
 typedef int32_t i16 __attribute__((vector_size(64)));
 typedef uint32_t u16 __attribute__((vector_size(64)));
 
+// What one register holds. Of wider vectors GCC makes several, but keeps their sums in memory, and spreads a number over
+// them lane by lane: sums of many products are of these, and numbers that meet vectors are spread by `all`.
+#if defined(__AVX512F__)
+constexpr int NATIVE = 16;
+#elif defined(__AVX__)
+constexpr int NATIVE = 8;
+#else
+constexpr int NATIVE = 4;
+#endif
+typedef float vn __attribute__((vector_size(NATIVE * 4)));
+typedef uint32_t un __attribute__((vector_size(NATIVE * 4)));
+
+inline v16 all(float x) {
+  vn parts[16 / NATIVE];
+  for (vn& part : parts) part = x - vn{};
+  v16 found;
+  std::memcpy(&found, parts, 64);
+  return found;
+}
+
 struct bfloat {
   uint16_t bits;
 };
@@ -172,4 +192,3 @@ inline float total(v16 x) {
 inline float largest(v16 x) {
   return folded(x, [](v16 a, v16 b) { return a > b ? a : b; });
 }
-inline v16 all(float x) { return x - v16{}; }

@@ -57,18 +57,28 @@ struct Job {
 // Into the second cache: the first has too few lines under way for memory that answers late.
 inline void ahead(const void* line) { __builtin_prefetch(static_cast<const char*>(line) + AHEAD, 0, 2); }
 
+constexpr int LINE = 2 * WIDE / NATIVE;  // registers that hold a line of a pair of panels
+
+template <typename Number, typename Vector>
+inline void take_line(const Number* const panel[2], int64_t line, Vector* to) {
+  for (int p = 0; p < 2; ++p) {
+    const Number* from = panel[p] + line * WIDE;
+    for (int n = 0; n < WIDE / NATIVE; ++n, ++to) std::memcpy(to, from + n * NATIVE, sizeof(Vector));
+    ahead(from);
+  }
+}
+
 template <int R>
 void sums_float(const Job& job, int64_t first, const float* const panel[2], float* out) {
   const float* x = static_cast<const float*>(job.x) + first * job.depth;
-  v16 sum[R][2] = {};
+  vn sum[R][LINE] = {};
   for (int64_t d = 0; d < job.depth; ++d) {
-    v16 w[2] = {load(panel[0] + d * WIDE), load(panel[1] + d * WIDE)};
-    ahead(panel[0] + d * WIDE), ahead(panel[1] + d * WIDE);
+    vn w[LINE];
+    take_line(panel, d, w);
     for (int r = 0; r < R; ++r)
-      for (int p = 0; p < 2; ++p) sum[r][p] += x[r * job.depth + d] * w[p];
+      for (int n = 0; n < LINE; ++n) sum[r][n] += x[r * job.depth + d] * w[n];
   }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < 2; ++p) store(out + r * 2 * WIDE + p * WIDE, sum[r][p]);
+  std::memcpy(out, sum, sizeof(sum));
 }
 
 // Of pairs of columns: what a dot product of the processor takes, and where it has none, their halves as floats.
@@ -76,31 +86,30 @@ template <int R>
 void sums_bfloat(const Job& job, int64_t first, const uint32_t* const panel[2], float* out) {
   const int64_t pairs = job.depth / 2;
   const uint32_t* x = static_cast<const uint32_t*>(job.x) + first * pairs;
-  v16 sum[R][2] = {};
+  vn sum[R][LINE] = {};
   for (int64_t d = 0; d < pairs; ++d) {
-    const u16 w[2] = {load(panel[0] + d * WIDE), load(panel[1] + d * WIDE)};
-    ahead(panel[0] + d * WIDE), ahead(panel[1] + d * WIDE);
+    un w[LINE];
+    take_line(panel, d, w);
     for (int r = 0; r < R; ++r) {
       const uint32_t both = x[r * pairs + d];
-      for (int p = 0; p < 2; ++p) {
+      for (int n = 0; n < LINE; ++n) {
 #if defined(__AVX512BF16__)
-        sum[r][p] = (v16)_mm512_dpbf16_ps((__m512)sum[r][p], (__m512bh)_mm512_set1_epi32(both), (__m512bh)w[p]);
+        sum[r][n] = (vn)_mm512_dpbf16_ps((__m512)sum[r][n], (__m512bh)_mm512_set1_epi32(both), (__m512bh)w[n]);
 #else
-        sum[r][p] += as_float(both << 16) * as_float(w[p] << 16);
-        sum[r][p] += as_float(both & 0xffff0000u) * as_float(w[p] & 0xffff0000u);
+        sum[r][n] += as_float(both << 16) * (vn)(w[n] << 16);
+        sum[r][n] += as_float(both & 0xffff0000u) * (vn)(w[n] & 0xffff0000u);
 #endif
       }
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < 2; ++p) store(out + r * 2 * WIDE + p * WIDE, sum[r][p]);
+  std::memcpy(out, sum, sizeof(sum));
 }
 
 // One group of one panel by R rows of x, exact: found[r][n] = sum_d x[r][d] w[n][d].
 template <int BITS, int R>
 inline void products(const int8_t* x, int64_t stride, const uint8_t* w, i16* found) {
-  for (int r = 0; r < R; ++r) found[r] = i16{};
 #if defined(__AVX512VNNI__)
+  for (int r = 0; r < R; ++r) found[r] = i16{};
   const __m512i half = _mm512_set1_epi8(15);
   for (int q = 0; q < 16; ++q) {
     __m512i line;
@@ -118,7 +127,28 @@ inline void products(const int8_t* x, int64_t stride, const uint8_t* w, i16* fou
       found[r] = (i16)_mm512_dpbusd_epi32((__m512i)found[r], line, _mm512_set1_epi32(four));
     }
   }
+#elif defined(__AVX2__)
+  // Bytes 0 and 2 of each four, then 1 and 3, as numbers of 16 bits: two of their products are added exactly.
+  const __m256i low = _mm256_set1_epi32(BITS == 8 ? 0x00ff00ff : 0x000f000f);
+  __m256i sum[R][2] = {};
+  for (int q = 0; q < 16; ++q) {
+    const uint8_t* line = w + (BITS == 8 ? q : q & 7) * 64;
+    if (BITS == 8 || q < 8) ahead(line);
+    for (int n = 0; n < 2; ++n) {
+      __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(line) + n);
+      if (BITS == 4 && q >= 8) bytes = _mm256_srli_epi16(bytes, 4);
+      const __m256i even = _mm256_and_si256(bytes, low), odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 8), low);
+      for (int r = 0; r < R; ++r) {
+        const int8_t* four = x + r * stride + q * 4;
+        const auto both = [&](int j) { return _mm256_set1_epi32((four[j + 2] << 16) | (four[j] & 0xffff)); };
+        sum[r][n] = _mm256_add_epi32(sum[r][n], _mm256_madd_epi16(even, both(0)));
+        sum[r][n] = _mm256_add_epi32(sum[r][n], _mm256_madd_epi16(odd, both(1)));
+      }
+    }
+  }
+  std::memcpy(found, sum, sizeof(sum));
 #else
+  for (int r = 0; r < R; ++r) found[r] = i16{};
   for (int q = 0; q < 16; ++q)
     for (int n = 0; n < 16; ++n)
       for (int j = 0; j < 4; ++j) {
@@ -131,7 +161,7 @@ inline void products(const int8_t* x, int64_t stride, const uint8_t* w, i16* fou
 
 // Both ways to the integers end here, so that they give the same bits.
 inline v16 scaled(v16 sum, i16 found, float row_scale, float row_sum, v16 scale) {
-  return sum + (as_floats(found) - row_sum) * (row_scale * scale);
+  return sum + (as_floats(found) - all(row_sum)) * (all(row_scale) * scale);
 }
 
 template <int BITS, int R>
@@ -264,7 +294,7 @@ void tiles_bits(const Job& job, int64_t first, int64_t rows, const uint8_t* cons
 // -- rows of x -------------------------------------------------------------------------------------------------------
 
 // The sums of up to 32 rows where there are no tiles: so many at a time that their sums stay in registers.
-constexpr int FEW = 8;
+constexpr int FEW = NATIVE == 16 ? 8 : 4;
 
 template <int R = FEW, typename Few>
 void in_few(int64_t first, int64_t rows, float* out, Few&& few) {
