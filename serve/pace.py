@@ -76,12 +76,12 @@ class Pace:
 
     def room(self, decoding: int, live: int) -> int:
         """Prompt tokens of the next step, in which `decoding` rows of `live` that are wanted generate."""
-        self._share = decoding / max(live, 1)
+        self._share = 0.0
         if not self._computing or (decoding and not len(self._generating)):
             return min(self.chunk, FIRST)
         seconds = LONGEST
         if decoding:
-            self._plain = self._generating(live)
+            self._share, self._plain = decoding / live, self._generating(live)
             seconds = SLACK * self._usual * self._plain - self._generating(decoding)
         a, b = self._computing.coefficients()
         return min(self.chunk, max(LEAST, int((seconds - a) / b)))

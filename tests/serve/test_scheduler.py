@@ -246,6 +246,19 @@ def test_a_slow_first_call_does_not_linger():
     assert slow.room(32, 32) <= plain.room(32, 32)
 
 
+def test_steps_before_a_prompt_was_timed_say_nothing_of_what_is_usual():
+    """As where all of each prompt but its last token comes from the prefix cache."""
+    late, fresh = Pace(chunk=3000), Pace(chunk=3000)
+    for pace, steps in ((late, 300), (fresh, 0)):
+        for _ in range(300):
+            pace.generated(32, 0.035)
+        for _ in range(steps):
+            pace.room(32, 32)
+            pace.stepped(0.035)
+        pace.computed(100, 0.020)
+    assert late.room(32, 32) == fresh.room(32, 32)
+
+
 def test_no_prompt_is_begun_for_a_few_tokens(model):
     """Beside whole prompts a step has room for a piece of another one only where it is worth a call."""
     engine = Engine(model, max_rows=4, max_len=128, prefix_cache=False)
