@@ -5,7 +5,7 @@ Ray's daemons, the proxy and the gateways wake up some thousand times a second, 
 
 - they have the policy SCHED_BATCH: a thread that wakes up interrupts nobody, but runs when a core is free or at the
   scheduler's next tick, some milliseconds later, and gets as much of the machine as before. Policies are of threads,
-  and inherited by the threads and processes that a thread starts. Where a system has none (macOS), nothing happens.
+  and inherited by the threads and processes that a thread starts. Only Linux has it; elsewhere nothing happens.
 - a chunk passes through fewer threads on its way, by the variables in SETTINGS.
 """
 
@@ -35,7 +35,7 @@ def environment() -> None:
 
 
 def _follow(policy: str) -> None:
-    if hasattr(os, "sched_setscheduler"):
+    if sys.platform == "linux":
         os.sched_setscheduler(0, getattr(os, policy), os.sched_param(0))
 
 
