@@ -7,7 +7,7 @@ lse is subtracted from logits of its size, and what it is rounded by are relativ
 float64, a number a head.
 
 A query at p sees a key at j of the same document (equal segment numbers, none negative) where, if causal, j <= p and,
-with a window, j > p - window. Neither function is recorded by autograd.
+with a window, j > p - window. Neither `attend` nor `attend_grad` is recorded by autograd.
 """
 
 import math
@@ -62,6 +62,19 @@ def attend(
         lse = (top + total.double().log())[..., 0]
         y_BTHV[:, queries], lse_BTH[:, queries] = _flat(y.flip(2)), _flat(lse[..., None].flip(2))[..., 0]
     return y_BTHV, lse_BTH
+
+
+def merge(y_BTHV: Tensor, lse_BTH: Tensor, part_BTHV: Tensor, part_lse_BTH: Tensor) -> None:
+    """Add what one more block of keys gives to y and lse, in place."""
+    # By the difference alone, so that shares add up to 1; nothing seen on either side would be nan.
+    share_BTH = torch.sigmoid(part_lse_BTH - lse_BTH).masked_fill(part_lse_BTH == -torch.inf, 0)
+    y_BTHV.lerp_(part_BTHV, share_BTH.to(y_BTHV.dtype)[..., None])
+    lse_BTH.copy_(torch.logaddexp(lse_BTH, part_lse_BTH))
+
+
+def delta_of(dy_BTHV: Tensor, y_BTHV: Tensor) -> Tensor:
+    """sum(dy * y) over V, (B, T, H), in fp32 at least: what `attend_grad` takes of all blocks together."""
+    return (dy_BTHV.to(torch.promote_types(dy_BTHV.dtype, torch.float32)) * y_BTHV).sum(-1)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import check, op
-from kernels.attention.partial import attend, attend_grad
+from kernels.attention.partial import attend, attend_grad, delta_of, merge
 from kernels.ring import exchange
 from kernels.ring.layout import BALANCES, pieces, positions
 
@@ -139,14 +139,6 @@ class Keys:
         return exchange.Exchange(ring.group, sends, receives)
 
 
-def merge(y_BTHV: Tensor, lse_BTH: Tensor, part_BTHV: Tensor, part_lse_BTH: Tensor) -> None:
-    """Add what one more block of keys gives to y and lse, in place."""
-    # By the difference alone, so that shares add up to 1; nothing seen on either side would be nan.
-    share_BTH = torch.sigmoid(part_lse_BTH - lse_BTH).masked_fill(part_lse_BTH == -torch.inf, 0)
-    y_BTHV.lerp_(part_BTHV, share_BTH.to(y_BTHV.dtype)[..., None])
-    lse_BTH.copy_(torch.logaddexp(lse_BTH, part_lse_BTH))
-
-
 def forward(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
@@ -190,7 +182,7 @@ def grad(args, outputs, grads, needs) -> list[Tensor]:
     (y, lse), (dy,) = outputs, grads
     ring = Ring(exchange.resolve(group), q_BTHK.shape[1], window, causal, balance)
     keys = Keys(ring, k_BTGK, v_BTGV, segments_BT)
-    delta = (dy.to(torch.promote_types(dy.dtype, torch.float32)) * y).sum(-1)
+    delta = delta_of(dy, y)
     dq = dk = dv = None
     home, homes = None, None  # gradients of our keys under way to us, and which keys those are
     for step in range(ring.ranks):

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import op
-from kernels.attention.partial import attend, attend_grad
-from kernels.ring.attention import merge
+from kernels.attention.partial import attend, attend_grad, delta_of, merge
 from models.layers.compressed import masked_softmax, products, values
 
 
@@ -56,7 +55,7 @@ def _forward(
 def _grad(args, outputs, grads, needs) -> list[Tensor]:
     q_PBTHK, k_BSGK, v_BSGV, q_positions_PBT, k_positions_BS, q_segments_PBT, k_segments_PBS, scale = args
     (y, lse), (dy,) = outputs, grads
-    delta = (dy.to(torch.promote_types(dy.dtype, torch.float32)) * y).sum(-1)
+    delta = delta_of(dy, y)
     dq, dk, dv = [], 0, 0
     sets = zip(q_PBTHK, q_positions_PBT, q_segments_PBT, k_segments_PBS, strict=True)
     for q_BTHK, at_BT, inside_BT, keys_BS in sets:
